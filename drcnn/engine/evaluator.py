@@ -1,0 +1,166 @@
+"""Running a detector over a data set and scoring what it finds.
+
+Each rank takes its share of the images; the results are gathered on every rank and scored by
+:mod:`drcnn.engine.metrics`.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from drcnn.data import CocoDataset, DataConfig, eval_loader
+from drcnn.engine.metrics import Metrics, evaluate_results
+from drcnn.errors import DataError
+from drcnn.structures import Detections
+
+__all__ = ["Metrics", "detect", "evaluate", "evaluate_results", "scale_boxes", "to_coco_results"]
+
+Progress = Callable[[int, int], None]
+"""Called after each batch with the number of images done and their total."""
+
+AMP_TYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def to_coco_results(
+    detections: Detections,
+    batch_sizes: Tensor,
+    original_sizes: Tensor,
+    image_ids: Sequence[int],
+    category_ids: Sequence[int],
+) -> list[dict]:
+    """Converts a batch of detections to COCO's results format.
+
+    Boxes are scaled from the network input to the original image, separately in x and y because the
+    resize rounds each side by itself, and clipped to the image.
+
+    Args:
+        detections: boxes in pixels of the network input.
+        batch_sizes (Tensor[B, 2]): height and width of each image in the network input, without padding.
+        original_sizes (Tensor[B, 2]): height and width of each image file.
+        image_ids: COCO image id of each image of the batch.
+        category_ids: COCO category id of each label 0..K-1.
+
+    Returns:
+        One dict per valid detection: image_id, category_id, bbox as [x, y, width, height] in pixels of
+        the original image, score.
+    """
+    boxes = scale_boxes(detections.boxes, batch_sizes, original_sizes).double().cpu().numpy()
+    scores = detections.scores.double().cpu().numpy()
+    labels = detections.labels.cpu().numpy()
+    images, slots = np.nonzero(detections.valid.cpu().numpy())
+    boxes = boxes[images, slots]
+    boxes[:, 2:] -= boxes[:, :2]
+    found = zip(images, boxes.tolist(), scores[images, slots], labels[images, slots], strict=True)
+    return [
+        {
+            "image_id": int(image_ids[image]),
+            "category_id": int(category_ids[label]),
+            "bbox": box,
+            "score": float(score),
+        }
+        for image, box, score, label in found
+    ]
+
+
+def scale_boxes(boxes: Tensor, batch_sizes: Tensor, original_sizes: Tensor) -> Tensor:
+    """Moves boxes from the network input to the original image and clips them to it.
+
+    Args:
+        boxes (Tensor[B, D, 4]): xyxy in pixels of the network input.
+        batch_sizes (Tensor[B, 2]): height and width in the network input, without padding.
+        original_sizes (Tensor[B, 2]): height and width of the original image.
+
+    Returns:
+        Tensor[B, D, 4]: float32 xyxy in pixels of the original image.
+    """
+    original = original_sizes.to(boxes.device, torch.float32).flip(-1)
+    scale = original / batch_sizes.to(boxes.device, torch.float32).flip(-1)
+    limit = original.repeat(1, 2)[:, None]
+    scaled = boxes.float() * scale.repeat(1, 2)[:, None]
+    return torch.minimum(scaled.clamp(min=0), limit)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    dataset: CocoDataset,
+    data_config: DataConfig,
+    *,
+    device: torch.device | str,
+    batch_size: int = 1,
+    amp: Literal["off", "bf16", "fp16"] = "off",
+    progress: Progress | None = None,
+) -> tuple[Metrics, list[dict]]:
+    """Runs a detector over a data set and scores it. Every rank gets the same answer.
+
+    Args:
+        model: detector; it is left in the mode (train or eval) in which it came.
+        dataset: images with annotations.
+        data_config: resize, padding and loader settings.
+        device: where the model is.
+        batch_size: images per forward on each rank.
+        amp: autocast type of the forward.
+        progress: told the images done and their total, on this rank.
+
+    Returns:
+        The numbers and the COCO-format results of all images, in the order of the data set.
+
+    Raises:
+        DataError: the data set has no annotations to score against.
+    """
+    if not dataset.has_annotations:
+        raise DataError(f"{dataset.annotation_file} holds no annotations to evaluate against")
+    results = detect(
+        model, dataset, data_config, device=device, batch_size=batch_size, amp=amp, progress=progress
+    )
+    return evaluate_results(Path(dataset.annotation_file), results, dataset.image_ids), results
+
+
+@torch.no_grad()
+def detect(
+    model: nn.Module,
+    dataset: CocoDataset,
+    data_config: DataConfig,
+    *,
+    device: torch.device | str,
+    batch_size: int = 1,
+    amp: Literal["off", "bf16", "fp16"] = "off",
+    progress: Progress | None = None,
+) -> list[dict]:
+    """Runs a detector over a data set, shared among the ranks; see :func:`evaluate`."""
+    device = torch.device(device)
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    loader = eval_loader(dataset, data_config, batch_size=batch_size, rank=rank, world_size=world_size)
+    total = len(range(rank, len(dataset), world_size))
+    dtype = AMP_TYPES[amp]
+    by_image: dict[int, list[dict]] = {}
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in loader:
+            batch = batch.to(device)
+            with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+                detections = model(batch.images)
+            indices = batch.indices.tolist()
+            ids = [int(dataset.image_ids[i]) for i in indices]
+            found = to_coco_results(
+                detections, batch.images.sizes, batch.original_sizes, ids, dataset.category_ids
+            )
+            by_image.update((i, []) for i in ids)
+            for record in found:
+                by_image[record["image_id"]].append(record)
+            if progress is not None:
+                progress(min(len(by_image), total), total)
+    finally:
+        model.train(was_training)
+    if world_size > 1:
+        # An image that two ranks were given to even out their shares must count once: key by image.
+        shares: list[dict[int, list[dict]]] = [{} for _ in range(world_size)]
+        dist.all_gather_object(shares, by_image)
+        by_image = {image: found for share in shares for image, found in share.items()}
+    return [record for i in dataset.image_ids for record in by_image.get(int(i), [])]

@@ -1,0 +1,259 @@
+"""COCO's numbers from COCO-format results: reading, checking, scoring, showing.
+
+The matching and accumulation are faster-coco-eval's (a C++ rewrite of pycocotools that gives the same
+numbers); pycocotools is the oracle in the tests. This file adds what surrounds them: files are read and
+checked with one-line errors, and AP at single IoU thresholds and per class join the twelve numbers.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from faster_coco_eval import COCO, COCOeval_faster
+from faster_coco_eval.core import mask as rle
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from drcnn.errors import DataError
+
+UNDEFINED = -1.0
+"""COCO's value of a number that has no ground truth to be computed from."""
+
+_AREAS = {"": 0, "s": 1, "m": 2, "l": 3}
+_MAX_DETS = {1: 0, 10: 1, 100: 2}
+_ROWS = (
+    ("AP", "AP50", "AP60", "AP70", "AP75", "AP80", "AP90"),
+    ("APs", "APm", "APl", "ARs", "ARm", "ARl"),
+    ("AR1", "AR10", "AR100"),
+)
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """COCO's numbers for one set of results.
+
+    Attributes:
+        summary: AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl as COCO defines them and
+            AP60, AP70, AP80, AP90; in 0..1, or -1 where no ground truth defines the number.
+        per_class: AP of each category by name, in the order of the category ids; -1 as above.
+        iou_type: "bbox" or "segm".
+        num_images: number of evaluated images.
+        num_detections: number of detections on those images.
+    """
+
+    summary: dict[str, float]
+    per_class: dict[str, float]
+    iou_type: str = "bbox"
+    num_images: int = 0
+    num_detections: int = 0
+
+    def to_dict(self) -> dict:
+        """Returns everything as plain types."""
+        return {
+            "iou_type": self.iou_type,
+            "num_images": self.num_images,
+            "num_detections": self.num_detections,
+            "summary": dict(self.summary),
+            "per_class": dict(self.per_class),
+        }
+
+    def to_json(self) -> str:
+        """Returns everything as an indented json text; -1 marks undefined numbers."""
+        return json.dumps(self.to_dict(), indent=1)
+
+    def table(self) -> RenderableType:
+        """Returns the numbers as tables for ``rich``; undefined ones read "n/a"."""
+        parts = []
+        for names in _ROWS:
+            table = Table(show_edge=False, pad_edge=False)
+            for name in names:
+                table.add_column(name, justify="right", min_width=5)
+            table.add_row(*(_format(self.summary[name]) for name in names))
+            parts.append(table)
+        columns = 3 if len(self.per_class) > 12 else 1
+        table = Table(show_edge=False, pad_edge=False)
+        for _ in range(columns):
+            table.add_column("class", overflow="fold")
+            table.add_column("AP", justify="right", min_width=5)
+        cells = [(name, _format(value)) for name, value in self.per_class.items()]
+        for start in range(0, len(cells), columns):
+            table.add_row(*(text for cell in cells[start : start + columns] for text in cell))
+        title = f"{self.iou_type}: {self.num_detections} detections on {self.num_images} images"
+        return Group(title, *(part for table in (*parts, table) for part in ("", table)))
+
+
+def _format(value: float) -> str:
+    return "n/a" if value == UNDEFINED else f"{value:.3f}"
+
+
+def evaluate_results(
+    annotation_file: str | os.PathLike | dict,
+    results: list[dict] | str | os.PathLike,
+    image_ids: Iterable[int] | None = None,
+    iou_type: Literal["bbox", "segm"] = "bbox",
+) -> Metrics:
+    """Scores COCO-format results against COCO-format annotations.
+
+    Args:
+        annotation_file: path of the annotations, or their parsed content.
+        results: list of results or the path of a json file that holds one; not changed.
+        image_ids: images to score; all of the annotations' if None. Results on other images are ignored.
+        iou_type: "bbox" for boxes, "segm" for masks as RLE.
+
+    Returns:
+        The numbers; all zero (or undefined) when there are no results.
+
+    Raises:
+        DataError: a file that cannot be read or is no such file; an image or category id that the
+            annotations do not hold; a result without a valid box, mask or score.
+    """
+    source = "the annotations" if isinstance(annotation_file, dict) else f"{annotation_file}"
+    truth = _ground_truth(_read_json(annotation_file, "annotations"), source)
+    known = set(truth.imgs)
+    chosen = sorted(known if image_ids is None else {int(i) for i in image_ids})
+    if unknown := [i for i in chosen if i not in known]:
+        raise DataError(f"image id {unknown[0]} to evaluate is not in {source}; check the image ids")
+    records = _checked_results(results, truth, source, iou_type)
+    wanted = set(chosen)
+    records = [record for record in records if record["image_id"] in wanted]
+
+    # loadRes() and COCOeval write into what they get and report their progress: give copies, and no voice.
+    found = truth.loadRes(records)
+    coco_eval = COCOeval_faster(truth, found, iou_type, print_function=_silent)
+    coco_eval.params.imgIds = chosen
+    coco_eval.evaluate()
+    coco_eval.accumulate()
+    precision = np.asarray(coco_eval.eval["precision"])
+    recall = np.asarray(coco_eval.eval["recall"])
+    names = _unique_names([truth.cats[i] for i in coco_eval.params.catIds])
+    per_class = {name: _mean(precision[:, :, k, 0, -1]) for k, name in enumerate(names)}
+    return Metrics(_summarize(precision, recall), per_class, iou_type, len(chosen), len(records))
+
+
+def _silent(*_: object) -> None:
+    """Takes the place of the library's print function."""
+
+
+def _mean(values: np.ndarray) -> float:
+    """COCO's mean: over the defined values, -1 if there is none."""
+    defined = values[values > UNDEFINED]
+    return float(defined.mean()) if defined.size else UNDEFINED
+
+
+def _summarize(precision: np.ndarray, recall: np.ndarray) -> dict[str, float]:
+    """Reduces precision [T, R, K, A, M] and recall [T, K, A, M]; thresholds T are 0.50:0.05:0.95."""
+    summary = {"AP": _mean(precision[:, :, :, 0, -1])}
+    for percent in (50, 75):
+        summary[f"AP{percent}"] = _mean(precision[(percent - 50) // 5, :, :, 0, -1])
+    for area in "sml":
+        summary[f"AP{area}"] = _mean(precision[:, :, :, _AREAS[area], -1])
+    for count, index in _MAX_DETS.items():
+        summary[f"AR{count}"] = _mean(recall[:, :, 0, index])
+    for area in "sml":
+        summary[f"AR{area}"] = _mean(recall[:, :, _AREAS[area], -1])
+    for percent in (60, 70, 80, 90):
+        summary[f"AP{percent}"] = _mean(precision[(percent - 50) // 5, :, :, 0, -1])
+    return summary
+
+
+def _unique_names(categories: list[dict]) -> list[str]:
+    """Names of categories; a repeated name is told apart by its id."""
+    names = [str(category.get("name", category["id"])) for category in categories]
+    return [
+        f"{name} (id {category['id']})" if names.count(name) > 1 else name
+        for name, category in zip(names, categories, strict=True)
+    ]
+
+
+def _read_json(source: list | dict | str | os.PathLike, what: str) -> object:
+    if isinstance(source, list | dict):
+        return source
+    try:
+        with open(source, encoding="utf-8") as file:
+            return json.load(file)
+    except FileNotFoundError:
+        raise DataError(f"{what} file not found: {source}") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"{what} file {source} is not readable json: {error}") from None
+
+
+def _ground_truth(content: object, source: str) -> COCO:
+    """Indexes annotations in a form that the evaluator cannot misread."""
+    try:
+        annotations = []
+        # The evaluator marks "unmatched" by id 0, so a ground truth with id 0 would never count as
+        # found: number them from 1. `area` and `iscrowd` are missing in many people's own files.
+        for number, record in enumerate(content["annotations"], start=1):
+            width, height = record["bbox"][2:]
+            annotations.append(
+                {
+                    **record,
+                    "id": number,
+                    "area": record.get("area", width * height),
+                    "iscrowd": record.get("iscrowd", 0),
+                }
+            )
+        images = [dict(record) for record in content["images"]]
+        categories = [dict(record) for record in content["categories"]]
+        dataset = {"images": images, "categories": categories, "annotations": annotations}
+        return COCO(dataset, print_function=_silent)
+    except (TypeError, KeyError, ValueError) as error:
+        raise DataError(
+            f"{source} does not hold COCO annotations (images, annotations with bbox, categories): "
+            f"{type(error).__name__} {error}"
+        ) from None
+
+
+def _checked_results(
+    results: list[dict] | str | os.PathLike, truth: COCO, source: str, iou_type: str
+) -> list[dict]:
+    """Reads results and returns shallow copies that are fit for the evaluator."""
+    where = "results" if isinstance(results, list) else f"results file {results}"
+    records = _read_json(results, "results")
+    if not isinstance(records, list):
+        raise DataError(f"{where} must hold a json list of detections, got a {type(records).__name__}")
+    checked = []
+    for number, record in enumerate(records):
+        problem = _problem(record, truth, source, iou_type)
+        if problem:
+            raise DataError(f"{where}: detection {number} {problem}")
+        # With a box present the evaluator would take the box's area for the mask's.
+        unused = ("bbox",) if iou_type == "segm" else ("segmentation",)
+        copied = {key: value for key, value in record.items() if key not in unused}
+        if iou_type == "segm" and isinstance(record["segmentation"]["counts"], list):
+            copied["segmentation"] = rle.frPyObjects(record["segmentation"], *record["segmentation"]["size"])
+        checked.append(copied)
+    return checked
+
+
+def _problem(record: object, truth: COCO, source: str, iou_type: str) -> str | None:
+    """Says what is wrong with one detection, or None."""
+    if not isinstance(record, dict):
+        return f"must be an object, got {record!r}"
+    field = "bbox" if iou_type == "bbox" else "segmentation"
+    for key in ("image_id", "category_id", "score", field):
+        if key not in record:
+            return f"has no {key}"
+    image, category, score = record["image_id"], record["category_id"], record["score"]
+    if not isinstance(image, int | np.integer) or image not in truth.imgs:
+        return f"has image id {image!r}, which is not in {source}"
+    if not isinstance(category, int | np.integer) or category not in truth.cats:
+        return f"(image {image}) has category id {category!r}, which is not in {source}"
+    if not _is_number(score):
+        return f"(image {image}) has score {score!r}, expected a finite number"
+    value = record[field]
+    if field == "segmentation":
+        if not (isinstance(value, dict) and {"size", "counts"} <= value.keys()):
+            return f"(image {image}) has segmentation {str(value)[:60]}, expected RLE with size and counts"
+        return None
+    if not (isinstance(value, list | tuple) and len(value) == 4 and all(map(_is_number, value))):
+        return f"(image {image}) has bbox {value!r}, expected 4 finite numbers [x, y, width, height]"
+    return None
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float | np.number) and math.isfinite(value)
