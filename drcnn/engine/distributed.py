@@ -1,0 +1,117 @@
+"""Ranks as torchrun starts them, and nothing home-made: gloo on CPU, nccl on CUDA, native DDP.
+
+Without torchrun every function answers as for a single rank.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from drcnn.errors import ConfigError
+
+
+def rank() -> int:
+    """Returns the number of this process among all, 0 for the main one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Returns the number of processes that train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Tells whether this process writes the run folder."""
+    return rank() == 0
+
+
+def pick_device(name: str) -> torch.device:
+    """Resolves ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` to the device of this rank.
+
+    Raises:
+        ConfigError: if the device does not exist here.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    except RuntimeError:
+        raise ConfigError(f"there is no device {name!r}; use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError(f"device {name}: torch sees no CUDA here; run drcnn doctor, or use cpu")
+        device = torch.device("cuda", local_rank if device.index is None else device.index)
+        if device.index >= torch.cuda.device_count():
+            raise ConfigError(f"there is no {device}; torch sees {torch.cuda.device_count()} CUDA devices")
+    elif device.type != "cpu":
+        raise ConfigError(f"device {name} is not supported; use auto, cpu, cuda or cuda:N")
+    return device
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Joins the ranks that torchrun started for as long as the block runs; does nothing without torchrun."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ or dist.is_initialized():
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def wrap(model: nn.Module, device: torch.device) -> nn.Module:
+    """Wraps ``model`` for native data-parallel training when there is more than one rank.
+
+    Buffers are not broadcast at each step: the dynamics all-reduce their own state, and batch norm is either
+    frozen, synchronised or local.
+    """
+    if world_size() == 1:
+        return model
+    return DistributedDataParallel(
+        model,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+    )
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """Averages ``values`` over the ranks; every rank gets the result."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+        values /= world_size()
+    return values
+
+
+def minimum_over_ranks(value: int, device: torch.device) -> int:
+    """Returns the least ``value`` of all ranks. Waits for the device, so it is for log events only."""
+    if world_size() == 1:
+        return value
+    tensor = torch.tensor(value, device=device)
+    dist.all_reduce(tensor, dist.ReduceOp.MIN)
+    return int(tensor)
+
+
+def gather_objects(value: object) -> list:
+    """Gives every rank the list of the ``value`` of each rank, by rank."""
+    if world_size() == 1:
+        return [value]
+    values: list = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    """Waits for every rank."""
+    if world_size() > 1:
+        dist.barrier()

@@ -1,0 +1,105 @@
+"""SGD and its schedule: the learning rate is a pure function of the iteration and of the batch."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from drcnn.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """SGD with a linear warm-up and steps, as in Dynamic R-CNN section 4.1 (its 1x schedule)."""
+
+    lr: float = 0.02
+    """Learning rate for `reference_batch` images a step; scaled linearly to the actual batch."""
+    reference_batch: int = 16
+    """Number of images a step that `lr` is meant for."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    weight_decay: float = 1e-4
+    """L2 penalty on every trained weight."""
+    warmup_iterations: int = 500
+    """Iterations over which the learning rate rises linearly to its full value; 0 for none."""
+    warmup_factor: float = 1 / 3
+    """Share of the learning rate at the first iteration of the warm-up."""
+    iterations: int = 90_000
+    """Number of training iterations."""
+    milestones: tuple[int, ...] = (60_000, 80_000)
+    """Iterations at which the learning rate is multiplied by `gamma`."""
+    gamma: float = 0.1
+    """Factor of each drop of the learning rate."""
+    clip_norm: float | None = None
+    """Largest norm of the gradient of all weights together; None for no clipping."""
+
+    def __post_init__(self) -> None:
+        """Checks the ranges, so that a typing slip fails before training starts."""
+        for name in ("lr", "reference_batch", "iterations"):
+            if not getattr(self, name) > 0 or not math.isfinite(getattr(self, name)):
+                raise ConfigError(f"optim.{name} must be positive, got {getattr(self, name)}")
+        for name in ("momentum", "weight_decay", "warmup_iterations", "warmup_factor", "gamma"):
+            if not getattr(self, name) >= 0 or not math.isfinite(getattr(self, name)):
+                raise ConfigError(f"optim.{name} must not be negative, got {getattr(self, name)}")
+        if list(self.milestones) != sorted(set(self.milestones)) or any(m < 1 for m in self.milestones):
+            raise ConfigError(f"optim.milestones must be rising iterations, got {self.milestones}")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ConfigError(f"optim.clip_norm must be positive or None, got {self.clip_norm}")
+
+
+def scaled_lr(config: OptimConfig, batch_size: int) -> float:
+    """Scales the learning rate linearly to ``batch_size`` images a step, over all ranks."""
+    return config.lr * batch_size / config.reference_batch
+
+
+def lr_at(config: OptimConfig, iteration: int, batch_size: int) -> float:
+    """Computes the learning rate of one iteration.
+
+    With ``w = warmup_iterations`` and ``f = warmup_factor``: ``lr * batch / reference_batch``, times
+    ``f + (1 - f) * iteration / w`` while ``iteration < w``, times ``gamma`` for each milestone reached.
+
+    Args:
+        config (OptimConfig): the schedule.
+        iteration (int): number of iterations done before this one; 0 is the first.
+        batch_size (int): images a step over all ranks.
+    """
+    lr = scaled_lr(config, batch_size) * config.gamma ** sum(iteration >= m for m in config.milestones)
+    if iteration < config.warmup_iterations:
+        lr *= config.warmup_factor + (1 - config.warmup_factor) * iteration / config.warmup_iterations
+    return lr
+
+
+def describe_lr(config: OptimConfig, batch_size: int) -> str:
+    """Says in one sentence how the learning rate was scaled to the batch."""
+    images = f"{batch_size} image{'s' * (batch_size != 1)}"
+    if batch_size == config.reference_batch:
+        return f"lr {config.lr:g} for {images}, the batch it is meant for"
+    scaled = scaled_lr(config, batch_size)
+    return f"lr {config.lr:g} for {config.reference_batch} images -> {scaled:g} for {images}"
+
+
+def describe_schedule(config: OptimConfig) -> str:
+    """Says in one sentence how long training lasts and where the learning rate changes."""
+    drops = [str(m) for m in config.milestones if m < config.iterations]
+    text = f"{config.iterations} iterations, "
+    text += f"lr x {config.gamma:g} at {' and '.join(drops)}" if drops else "no drop of the lr"
+    if config.warmup_iterations:
+        text += f", warm-up over {config.warmup_iterations} from {config.warmup_factor:.3g} of the lr"
+    if config.clip_norm is not None:
+        text += f", gradient norm clipped at {config.clip_norm:g}"
+    return text
+
+
+def build_optimizer(config: OptimConfig, model: nn.Module, batch_size: int) -> torch.optim.SGD:
+    """Builds SGD over the weights of ``model`` that require a gradient."""
+    weights = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.SGD(
+        weights, lr=lr_at(config, 0, batch_size), momentum=config.momentum, weight_decay=config.weight_decay
+    )
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Sets the learning rate of every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
