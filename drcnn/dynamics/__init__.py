@@ -1,0 +1,11 @@
+"""What adapts during training: the state and the rules of dynamic training."""
+
+from drcnn.dynamics.training import (
+    Assignment,
+    DynamicTraining,
+    DynamicTrainingConfig,
+    FixedTraining,
+    FixedTrainingConfig,
+)
+
+__all__ = ["Assignment", "DynamicTraining", "DynamicTrainingConfig", "FixedTraining", "FixedTrainingConfig"]

@@ -1,0 +1,20 @@
+"""Detectors and their parts."""
+
+from drcnn.models.anchors import AnchorConfig
+from drcnn.models.backbone import ResNetConfig
+from drcnn.models.detector import FasterRCNN, FasterRCNNConfig
+from drcnn.models.fpn import FPNConfig
+from drcnn.models.roi_heads import BoxHead, BoxHeadConfig
+from drcnn.models.rpn import RPN, RPNConfig
+
+__all__ = [
+    "RPN",
+    "AnchorConfig",
+    "BoxHead",
+    "BoxHeadConfig",
+    "FPNConfig",
+    "FasterRCNN",
+    "FasterRCNNConfig",
+    "RPNConfig",
+    "ResNetConfig",
+]

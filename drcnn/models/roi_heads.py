@@ -1,0 +1,248 @@
+"""The second stage: labels proposals, classifies them and refines their boxes.
+
+Sources: Fast R-CNN (arXiv 1504.08083) section 2.3, FPN (arXiv 1612.03144) section 4.2.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from drcnn.dynamics import Assignment, DynamicTraining, FixedTraining
+from drcnn.models.boxes import clip_boxes, decode_deltas, has_size
+from drcnn.models.samplers import sample_slots
+from drcnn.ops import assign_targets, match_boxes, nms, roi_align, smooth_l1
+from drcnn.structures import Detections, ImageBatch, Targets
+
+
+@dataclass(frozen=True)
+class BoxHeadConfig:
+    """RoI head: pooling, two fully connected layers, classes and boxes."""
+
+    channels: int = 1024
+    """Width of the two fully connected layers."""
+    pool_size: int = 7
+    """Side of the pooled features."""
+    sampling_ratio: int = 0
+    """Samples per cell and side of RoIAlign; 0 adapts to the box."""
+    aligned: bool = True
+    """RoIAlign with the half-pixel shift."""
+    samples: int = 512
+    """Proposals per image in the loss."""
+    positive_fraction: float = 0.25
+    """Largest share of positives among them."""
+    add_ground_truths: bool = True
+    """Ground truths join the proposals in training."""
+    class_agnostic: bool = False
+    """One box per proposal instead of one for each class."""
+    delta_weights: tuple[float, float, float, float] = (10.0, 10.0, 5.0, 5.0)
+    """Factors of the encoded dx, dy, dw, dh."""
+    score_threshold: float = 0.05
+    """Detections must score above."""
+    nms: float = 0.5
+    """IoU above which the lower detection of a class is dropped."""
+    detections: int = 100
+    """Most detections per image."""
+
+    def build(self, in_channels: int, strides: Sequence[int], num_classes: int) -> "BoxHead":
+        """Makes the head over pyramid levels of these channels and strides."""
+        return BoxHead(self, in_channels, strides, num_classes)
+
+
+class Samples(NamedTuple):
+    """The proposals of the loss: positives in the first slots, then negatives, then padding.
+
+    Attributes:
+        boxes (Tensor[B, S, 4]): xyxy in pixels.
+        labels (Tensor[B, S]): int64 in 0..K, K for background and padding.
+        deltas (Tensor[B, S, 4]): regression targets.
+        valid (Tensor[B, S]): bool.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    deltas: Tensor
+    valid: Tensor
+
+
+class BoxHead(nn.Module):
+    """Two fully connected layers on pooled features, a classifier with K + 1 outputs and box deltas.
+
+    The background is the last class, K.
+
+    Args:
+        config: sizes, sampling, test thresholds.
+        in_channels: channels of the pyramid.
+        strides: pixels per cell of the pooled levels, finest first.
+        num_classes: K.
+    """
+
+    def __init__(
+        self, config: BoxHeadConfig, in_channels: int, strides: Sequence[int], num_classes: int
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.strides = tuple(strides)
+        self.num_classes = num_classes
+        self.fc1 = nn.Linear(in_channels * config.pool_size**2, config.channels)
+        self.fc2 = nn.Linear(config.channels, config.channels)
+        self.classifier = nn.Linear(config.channels, num_classes + 1)
+        self.deltas = nn.Linear(config.channels, 4 * (1 if config.class_agnostic else num_classes))
+        for layer in (self.fc1, self.fc2):
+            nn.init.kaiming_uniform_(layer.weight, a=1)
+        nn.init.normal_(self.classifier.weight, std=0.01)
+        nn.init.normal_(self.deltas.weight, std=0.001)
+        for layer in (self.fc1, self.fc2, self.classifier, self.deltas):
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, features: Sequence[Tensor], boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """Classifies boxes and predicts their deltas.
+
+        Args:
+            features: one Tensor[B, C, H_l, W_l] for each stride.
+            boxes (Tensor[B, R, 4]): xyxy in pixels.
+
+        Returns:
+            tuple[Tensor[B, R, K + 1], Tensor[B, R, K or 1, 4]]: float32 logits and deltas.
+        """
+        config = self.config
+        pooled = roi_align(
+            features, boxes, self.strides, config.pool_size, config.sampling_ratio, config.aligned
+        )
+        hidden = F.relu(self.fc2(F.relu(self.fc1(pooled.flatten(2)))))
+        return self.classifier(hidden).float(), self.deltas(hidden).unflatten(-1, (-1, 4)).float()
+
+    def losses(
+        self,
+        features: Sequence[Tensor],
+        proposals: Tensor,
+        valid: Tensor,
+        targets: Targets,
+        training: FixedTraining | DynamicTraining,
+    ) -> dict[str, Tensor]:
+        """Labels and samples the proposals under the policy's threshold and computes the losses.
+
+        Args:
+            features: one Tensor[B, C, H_l, W_l] for each stride.
+            proposals (Tensor[B, P, 4]): xyxy in pixels.
+            valid (Tensor[B, P]): bool.
+            targets: ground truths.
+            training: the policy; it gives the IoU threshold and beta and records the assignment.
+
+        Returns:
+            dict: ``loss_classification`` (mean over the sampled proposals) and ``loss_box`` (sum over the
+            positives' four deltas, divided by the number of sampled proposals).
+        """
+        with torch.no_grad():
+            samples = self.sample(proposals, valid, targets, training)
+            count = samples.valid.sum().clamp(min=1)
+            # Only the first slots can hold positives.
+            most = min(self.max_positive, samples.labels.shape[1])
+            labels, wanted = samples.labels[:, :most], samples.deltas[:, :most]
+            positive = labels < self.num_classes
+        logits, deltas = self(features, samples.boxes)
+        classification = F.cross_entropy(logits.flatten(0, 1), samples.labels.flatten(), reduction="none")
+        classification = torch.where(samples.valid.flatten(), classification, 0.0).sum()
+        deltas = deltas[:, :most]
+        if not self.config.class_agnostic:
+            own = labels.clamp(max=self.num_classes - 1)[:, :, None, None].expand(-1, -1, 1, 4)
+            deltas = deltas.gather(2, own)
+        box = smooth_l1(deltas.squeeze(2), wanted, training.beta, positive)
+        return {"loss_classification": classification / count, "loss_box": box / count}
+
+    @property
+    def max_positive(self) -> int:
+        """Most positives among the samples of an image."""
+        return int(self.config.samples * self.config.positive_fraction)
+
+    def sample(
+        self,
+        proposals: Tensor,
+        valid: Tensor,
+        targets: Targets,
+        training: FixedTraining | DynamicTraining,
+    ) -> Samples:
+        """Labels the proposals, lets the policy record them, and draws those of the loss.
+
+        Args:
+            proposals (Tensor[B, P, 4]): xyxy in pixels.
+            valid (Tensor[B, P]): bool.
+            targets: ground truths.
+            training: the policy.
+
+        Returns:
+            Samples: a fixed number of slots per image.
+        """
+        config = self.config
+        is_gt = torch.zeros_like(valid)
+        if config.add_ground_truths:
+            proposals = torch.cat([proposals, targets.boxes.to(proposals.dtype)], dim=1)
+            valid = torch.cat([valid, targets.valid], dim=1)
+            is_gt = torch.cat([is_gt, targets.valid], dim=1)
+        match = match_boxes(proposals, targets.boxes, targets.valid)
+        labels, deltas = assign_targets(
+            match.max_iou,
+            match.gt_index,
+            proposals,
+            targets.boxes,
+            targets.labels,
+            training.iou_threshold,
+            config.delta_weights,
+            background=self.num_classes,
+        )
+        positive = (labels < self.num_classes) & valid
+        index, drawn = sample_slots(positive, valid & ~positive, config.samples, self.max_positive)
+        sampled = torch.zeros_like(valid).scatter(1, index, drawn)
+        error = deltas[..., :2].abs().mean(dim=-1)
+        training.record(
+            Assignment(
+                proposals, targets.boxes, targets.valid, match.max_iou, error, valid, is_gt, positive, sampled
+            )
+        )
+        rows = index.unsqueeze(-1).expand(-1, -1, 4)
+        labels = torch.where(drawn, labels.gather(1, index), self.num_classes)
+        return Samples(proposals.gather(1, rows), labels, deltas.gather(1, rows), drawn)
+
+    def detect(
+        self, features: Sequence[Tensor], proposals: Tensor, valid: Tensor, images: ImageBatch
+    ) -> Detections:
+        """Scores the proposals, refines them and keeps the best after NMS by class.
+
+        Args:
+            features: one Tensor[B, C, H_l, W_l] for each stride.
+            proposals (Tensor[B, P, 4]): xyxy in pixels.
+            valid (Tensor[B, P]): bool.
+            images: the batch, for the sizes of its images.
+
+        Returns:
+            Detections: D = ``config.detections`` slots per image (or all candidates, if they are fewer).
+        """
+        config = self.config
+        logits, deltas = self(features, proposals)
+        scores = logits.softmax(dim=-1)[..., : self.num_classes]
+        boxes = decode_deltas(proposals.unsqueeze(2), deltas, config.delta_weights)
+        # Scores of a proposal sum to at most 1, so no more than 1 / threshold of them can pass.
+        limit = self.num_classes
+        if config.score_threshold > 0:
+            limit = min(limit, math.ceil(1 / config.score_threshold))
+        scores, labels = scores.topk(limit, dim=-1)
+        if config.class_agnostic:
+            boxes = boxes.expand(-1, -1, limit, -1)
+        else:
+            boxes = boxes.gather(2, labels.unsqueeze(-1).expand(-1, -1, -1, 4))
+        boxes = clip_boxes(boxes.flatten(1, 2), images.sizes)
+        passed = (scores > config.score_threshold) & valid.unsqueeze(-1)
+        scores, labels = scores.flatten(1), labels.flatten(1)
+        passed = passed.flatten(1) & has_size(boxes, 1e-2)
+        kept = nms(boxes, scores, labels, config.nms, config.detections, passed)
+        boxes = boxes.gather(1, kept.index.unsqueeze(-1).expand(-1, -1, 4))
+        return Detections(
+            torch.where(kept.valid.unsqueeze(-1), boxes, 0.0),
+            torch.where(kept.valid, scores.gather(1, kept.index), 0.0),
+            torch.where(kept.valid, labels.gather(1, kept.index), 0),
+            kept.valid,
+        )

@@ -1,0 +1,162 @@
+"""Region proposal network: Ren et al., "Faster R-CNN", arXiv 1506.01497, section 3.1."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from drcnn.models.anchors import AnchorConfig, cell_anchors, grid_anchors
+from drcnn.models.boxes import clip_boxes, decode_deltas, has_size
+from drcnn.models.samplers import sample_slots
+from drcnn.ops import assign_targets, match_boxes, nms, smooth_l1
+from drcnn.structures import ImageBatch, Targets
+
+DELTA_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
+
+
+@dataclass(frozen=True)
+class RPNConfig:
+    """Region proposal network."""
+
+    anchors: AnchorConfig = field(default_factory=AnchorConfig)
+    """Anchors."""
+    foreground_iou: float = 0.7
+    """An anchor is an object from this IoU on; the best anchors of each ground truth are, whatever theirs."""
+    background_iou: float = 0.3
+    """An anchor is background under this IoU; between the two it is not trained on."""
+    low_quality_iou: float = 0.0
+    """Least IoU of a ground truth's best anchors that makes them objects."""
+    samples: int = 256
+    """Anchors per image in the loss."""
+    positive_fraction: float = 0.5
+    """Largest share of objects among them."""
+    beta: float = 1 / 9
+    """Beta of the box loss (SmoothL1)."""
+    nms: float = 0.7
+    """IoU above which the lower proposal of a level is dropped."""
+    pre_nms: int = 2000
+    """Best anchors of each level and image that go into NMS in training."""
+    post_nms: int = 1000
+    """Proposals kept per image in training."""
+    test_pre_nms: int = 1000
+    """Best anchors of each level and image that go into NMS in testing."""
+    test_post_nms: int = 1000
+    """Proposals kept per image in testing."""
+    min_size: float = 1e-3
+    """Proposals with a shorter side are dropped, in pixels."""
+
+    def build(self, channels: int, strides: Sequence[int]) -> "RPN":
+        """Makes the network over a pyramid of these channels and strides."""
+        return RPN(self, channels, strides)
+
+
+class RPN(nn.Module):
+    """Scores anchors as object or not and refines them to proposals.
+
+    Args:
+        config: anchors, sampling, NMS.
+        channels: channels of the pyramid.
+        strides: pixels per cell of each level.
+    """
+
+    def __init__(self, config: RPNConfig, channels: int, strides: Sequence[int]) -> None:
+        super().__init__()
+        if len(config.anchors.sizes) != len(strides):
+            raise ValueError(
+                f"anchors.sizes must have one size for each of {len(strides)} levels, got {config.anchors.sizes}"
+            )
+        self.config = config
+        self.strides = tuple(strides)
+        per_cell = len(config.anchors.ratios)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.objectness = nn.Conv2d(channels, per_cell, 1)
+        self.deltas = nn.Conv2d(channels, per_cell * 4, 1)
+        for layer in (self.conv, self.objectness, self.deltas):
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.zeros_(layer.bias)
+        cells = [cell_anchors(s, config.anchors.ratios, config.anchors.rounded) for s in config.anchors.sizes]
+        self.register_buffer("cells", torch.stack(cells), persistent=False)
+
+    def forward(
+        self, features: Sequence[Tensor], images: ImageBatch, targets: Targets | None = None
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Proposes boxes and, given targets, computes the losses.
+
+        Args:
+            features: levels of the pyramid, Tensor[B, C, H_l, W_l].
+            images: the batch, for the sizes of its images.
+            targets: ground truths, in training.
+
+        Returns:
+            tuple[Tensor[B, P, 4], Tensor[B, P], dict]: proposals by falling score, xyxy in pixels without
+            gradient; their validity; ``loss_rpn_objectness`` and ``loss_rpn_box`` if there are targets.
+        """
+        logits, deltas, anchors = self._predict(features)
+        with torch.no_grad():
+            proposals, valid = self._propose(logits, deltas, anchors, images.sizes)
+        if targets is None:
+            return proposals, valid, {}
+        return proposals, valid, self._losses(torch.cat(logits, 1), torch.cat(deltas, 1), torch.cat(anchors), targets)
+
+    def _predict(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Returns logits [B, N_l], deltas [B, N_l, 4] and anchors [N_l, 4] of each level."""
+        logits, deltas, anchors = [], [], []
+        for level, feature in enumerate(features):
+            hidden = F.relu(self.conv(feature))
+            logits.append(self.objectness(hidden).permute(0, 2, 3, 1).flatten(1).float())
+            level_deltas = self.deltas(hidden).permute(0, 2, 3, 1)
+            deltas.append(level_deltas.reshape(len(feature), -1, 4).float())
+            anchors.append(grid_anchors(self.cells[level], *feature.shape[-2:], self.strides[level]))
+        return logits, deltas, anchors
+
+    def _propose(
+        self, logits: list[Tensor], deltas: list[Tensor], anchors: list[Tensor], sizes: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        config = self.config
+        pre_nms = config.pre_nms if self.training else config.test_pre_nms
+        post_nms = config.post_nms if self.training else config.test_post_nms
+        boxes, scores, levels = [], [], []
+        for level, (logit, delta, anchor) in enumerate(zip(logits, deltas, anchors, strict=True)):
+            score, index = logit.topk(min(pre_nms, logit.shape[1]), dim=1)
+            delta = delta.gather(1, index.unsqueeze(-1).expand(-1, -1, 4))
+            boxes.append(decode_deltas(anchor[index], delta, DELTA_WEIGHTS))
+            scores.append(score)
+            levels.append(torch.full_like(index, level))
+        proposals = clip_boxes(torch.cat(boxes, 1), sizes)
+        scores = torch.cat(scores, 1)
+        valid = has_size(proposals, config.min_size) & scores.isfinite()
+        kept = nms(proposals, scores, torch.cat(levels, 1), config.nms, post_nms, valid)
+        proposals = proposals.gather(1, kept.index.unsqueeze(-1).expand(-1, -1, 4))
+        return torch.where(kept.valid.unsqueeze(-1), proposals, 0.0), kept.valid
+
+    def _losses(self, logits: Tensor, deltas: Tensor, anchors: Tensor, targets: Targets) -> dict[str, Tensor]:
+        config = self.config
+        with torch.no_grad():
+            anchors = anchors.expand(len(logits), -1, -1)
+            match = match_boxes(anchors, targets.boxes, targets.valid, config.low_quality_iou)
+            positive = (match.max_iou >= config.foreground_iou) | match.is_best
+            negative = (match.max_iou < config.background_iou) & ~positive
+            most = int(config.samples * config.positive_fraction)
+            index, valid = sample_slots(positive, negative, config.samples, most)
+            is_object = positive.gather(1, index) & valid
+            rows = index.unsqueeze(-1).expand(-1, -1, 4)
+            _, wanted = assign_targets(
+                match.max_iou.gather(1, index),
+                match.gt_index.gather(1, index),
+                anchors.gather(1, rows),
+                targets.boxes,
+                targets.labels,
+                config.foreground_iou,
+                DELTA_WEIGHTS,
+                background=0,
+            )
+            count = valid.sum().clamp(min=1)
+        logit = logits.gather(1, index)
+        objectness = F.binary_cross_entropy_with_logits(logit, is_object.to(logit.dtype), reduction="none")
+        box = smooth_l1(deltas.gather(1, rows), wanted, config.beta, is_object)
+        return {
+            "loss_rpn_objectness": torch.where(valid, objectness, 0.0).sum() / count,
+            "loss_rpn_box": box / count,
+        }
