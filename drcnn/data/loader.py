@@ -1,0 +1,249 @@
+"""Batches for training and evaluation.
+
+A fetch is asked for by a key (step, slot, index) and depends on nothing else, so that any number of
+workers, and any number of processes, gives the same batches. Errors cross the border of a worker
+process as values: an exception would arrive as a traceback.
+"""
+
+import signal
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from drcnn.data.coco import CocoDataset
+from drcnn.data.config import DataConfig
+from drcnn.data.padding import pad_images, pad_targets
+from drcnn.data.sampler import StreamSampler, augmentation_generator
+from drcnn.data.transforms import augment, resize_for_test, resized_shape, scale_boxes
+from drcnn.errors import ConfigError, DataError
+from drcnn.structures import ImageBatch, Targets
+
+_PREFETCH = 4  # batches per worker; evens out images that take long to decode
+
+
+class Batch(NamedTuple):
+    """A batch of images with their ground truths.
+
+    Attributes:
+        images (ImageBatch): uint8 [B, 3, H, W] and sizes.
+        targets (Targets): ground truths without crowd regions, in pixels of the network input.
+        indices (Tensor[B]): int64 place of each image in the data set.
+        original_sizes (Tensor[B, 2]): int64 height and width of the image files.
+    """
+
+    images: ImageBatch
+    targets: Targets
+    indices: Tensor
+    original_sizes: Tensor
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """Copies the batch to ``device``; asynchronous when the source is pinned memory."""
+        sizes = self.original_sizes.to(device, non_blocking=True)
+        indices = self.indices.to(device, non_blocking=True)
+        return Batch(self.images.to(device), self.targets.to(device), indices, sizes)
+
+    def pin_memory(self) -> "Batch":
+        """Copies the batch to page-locked memory."""
+        return Batch(
+            self.images.pin_memory(),
+            Targets(*(None if t is None else t.pin_memory() for t in self.targets)),
+            self.indices.pin_memory(),
+            self.original_sizes.pin_memory(),
+        )
+
+
+class _Key(NamedTuple):
+    step: int
+    slot: int
+    index: int
+
+
+class _Example(NamedTuple):
+    image: Tensor
+    boxes: Tensor
+    labels: Tensor
+    index: int
+    original_size: tuple[int, int]
+
+
+class _Failure(NamedTuple):
+    message: str
+
+
+class _Examples(Dataset):
+    """Fetches one image by its key; ``seed`` None means evaluation, without augmentation."""
+
+    def __init__(self, dataset: CocoDataset, config: DataConfig, seed: int | None) -> None:
+        self._dataset, self._config, self._seed = dataset, config, seed
+
+    def __getitem__(self, key: _Key) -> _Example | _Failure:
+        try:
+            return self._fetch(key)
+        except DataError as error:
+            return _Failure(str(error))
+
+    def _fetch(self, key: _Key) -> _Example:
+        dataset, config, index = self._dataset, self._config, key.index
+        array = dataset.load(index)
+        size = array.shape[0], array.shape[1]
+        own = ~dataset.crowd(index)
+        boxes, labels = dataset.boxes(index)[own], torch.from_numpy(dataset.labels(index)[own])
+        if self._seed is None:
+            image = resize_for_test(array, config.test_short_side, config.test_max_size)
+            resized = scale_boxes(boxes, size, (image.shape[-2], image.shape[-1]))
+        else:
+            generator = augmentation_generator(self._seed, key.step, key.slot)
+            image, resized = augment(array, boxes, config, generator)
+        return _Example(image, resized, labels, index, size)
+
+
+class _Collate:
+    def __init__(self, config: DataConfig, train: bool) -> None:
+        self._config, self._train = config, train
+
+    def __call__(self, examples: list[_Example | _Failure]) -> Batch | _Failure:
+        for example in examples:
+            if isinstance(example, _Failure):
+                return example
+        return Batch(
+            pad_images([e.image for e in examples], self._config, train=self._train),
+            pad_targets([e.boxes for e in examples], [e.labels for e in examples]),
+            torch.tensor([e.index for e in examples], dtype=torch.int64),
+            torch.tensor([e.original_size for e in examples], dtype=torch.int64),
+        )
+
+
+class _TrainKeys:
+    """The keys of one process's share of each batch."""
+
+    def __init__(self, sampler: StreamSampler, steps: range, slots: range) -> None:
+        self._sampler, self._steps, self._slots = sampler, steps, slots
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __iter__(self) -> Iterator[list[_Key]]:
+        for step in self._steps:
+            images = self._sampler.batch(step)
+            yield [_Key(step, slot, int(images[slot])) for slot in self._slots]
+
+
+class BatchLoader:
+    """An iterable of batches that raises the errors of its workers in the process that reads it."""
+
+    def __init__(self, loader: DataLoader, length: int) -> None:
+        self._loader, self._length = loader, length
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return self._length
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yields the batches.
+
+        Raises:
+            DataError: if an image cannot be used, naming its file and id.
+        """
+        for batch in self._loader:
+            if isinstance(batch, _Failure):
+                raise DataError(batch.message)
+            yield batch
+
+
+def train_loader(
+    dataset: CocoDataset,
+    config: DataConfig,
+    *,
+    seed: int,
+    start_step: int,
+    num_steps: int,
+    rank: int = 0,
+    world_size: int = 1,
+) -> BatchLoader:
+    """Batches of the steps ``start_step .. start_step + num_steps - 1``.
+
+    The batch of a step depends on the seed and the step alone; each process gets its contiguous share.
+
+    Args:
+        dataset (CocoDataset): images to train on.
+        config (DataConfig): batch size over all processes, augmentation and padding.
+        seed (int): seed of the order and of the augmentation, not negative.
+        start_step (int): first step, from 0.
+        num_steps (int): number of steps.
+        rank (int): which process this is.
+        world_size (int): number of processes.
+
+    Returns:
+        BatchLoader: ``num_steps`` batches of ``config.batch_size / world_size`` images.
+
+    Raises:
+        ConfigError: if the batch cannot be shared out evenly.
+    """
+    share, rest = divmod(config.batch_size, world_size)
+    if rest:
+        raise ConfigError(
+            f"data.batch_size {config.batch_size} cannot be shared out evenly to {world_size} processes"
+        )
+    groups = dataset.widths >= dataset.heights if config.aspect_grouping else None
+    sampler = StreamSampler(len(dataset), config.batch_size, seed, groups)
+    steps = range(start_step, start_step + num_steps)
+    keys = _TrainKeys(sampler, steps, range(rank * share, (rank + 1) * share))
+    return _batches(_Examples(dataset, config, seed), keys, config, train=True)
+
+
+def eval_loader(
+    dataset: CocoDataset, config: DataConfig, *, batch_size: int, rank: int = 0, world_size: int = 1
+) -> BatchLoader:
+    """Batches that hold every image once, the last one being shorter.
+
+    The images come by the size they are resized to, so that little is padded; ``Batch.indices`` says
+    which they are. Of several processes each gets every ``world_size``-th image of that order.
+
+    Args:
+        dataset (CocoDataset): images to evaluate on.
+        config (DataConfig): sizes and padding of evaluation.
+        batch_size (int): images per batch and process.
+        rank (int): which process this is.
+        world_size (int): number of processes.
+
+    Returns:
+        BatchLoader: batches without augmentation.
+    """
+    shapes = [
+        resized_shape(int(h), int(w), config.test_short_side, config.test_max_size)
+        for h, w in zip(dataset.heights, dataset.widths, strict=True)
+    ]
+    heights, widths = np.array(shapes).T
+    order = np.lexsort((heights, widths))[rank::world_size].tolist()
+    keys = [
+        [_Key(0, slot, index) for slot, index in enumerate(order[start : start + batch_size])]
+        for start in range(0, len(order), batch_size)
+    ]
+    return _batches(_Examples(dataset, config, None), keys, config, train=False)
+
+
+def _batches(
+    examples: _Examples, keys: _TrainKeys | list[list[_Key]], config: DataConfig, *, train: bool
+) -> BatchLoader:
+    workers = min(config.workers, len(keys))
+    loader = DataLoader(
+        examples,
+        batch_sampler=keys,
+        num_workers=workers,
+        collate_fn=_Collate(config, train),
+        pin_memory=torch.cuda.is_available(),
+        prefetch_factor=_PREFETCH if workers else None,
+        worker_init_fn=_start_worker,
+        # A generator of its own: the loader draws from it, and the global one must not be touched.
+        generator=torch.Generator().manual_seed(0),
+    )
+    return BatchLoader(loader, len(keys))
+
+
+def _start_worker(worker: int) -> None:
+    """Leaves Ctrl-C to the main process, which then ends its workers without their tracebacks."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
