@@ -1,0 +1,139 @@
+"""The detectors, data sets and schedules that the files in ``configs/`` are put together from.
+
+Numbers are those of Dynamic R-CNN (arXiv 2004.06002, section 5.1) unless said otherwise.
+"""
+
+from dataclasses import replace
+
+from drcnn.data import DataConfig, SplitConfig
+from drcnn.dynamics import DynamicTrainingConfig
+from drcnn.engine.optim import OptimConfig
+from drcnn.models import (
+    AnchorConfig,
+    BoxHeadConfig,
+    FasterRCNNConfig,
+    FPNConfig,
+    ResNetConfig,
+    RPNConfig,
+)
+from drcnn.models.backbone import ResNetName
+
+ITERATIONS_1X = 90_000
+MILESTONES_1X = (60_000, 80_000)
+
+
+def faster_rcnn(backbone: ResNetName = "resnet50", num_classes: int = 80) -> FasterRCNNConfig:
+    """Faster R-CNN with FPN on an ImageNet backbone.
+
+    Args:
+        backbone: torchvision's name.
+        num_classes: object classes, without the background.
+    """
+    return FasterRCNNConfig(num_classes, ResNetConfig(backbone, weights="IMAGENET1K_V1"))
+
+
+def light_faster_rcnn(num_classes: int) -> FasterRCNNConfig:
+    """Faster R-CNN that trains from scratch on a CPU, for small images: ResNet-18 with group norm.
+
+    Args:
+        num_classes: object classes, without the background.
+    """
+    return FasterRCNNConfig(
+        num_classes,
+        ResNetConfig("resnet18", norm="gn", frozen_stages=0),
+        FPNConfig(channels=64),
+        RPNConfig(
+            AnchorConfig(sizes=(16, 32, 64, 128, 256)),
+            pre_nms=1000,
+            post_nms=500,
+            test_pre_nms=500,
+            test_post_nms=500,
+        ),
+        BoxHeadConfig(channels=256, sampling_ratio=2, samples=128),
+    )
+
+
+def dynamic(detector: FasterRCNNConfig) -> FasterRCNNConfig:
+    """Turns Faster R-CNN into Dynamic R-CNN: DLA, DSL, and an RPN NMS of 0.85 so that more good proposals stay.
+
+    Args:
+        detector: the Faster R-CNN.
+    """
+    return replace(detector, training=DynamicTrainingConfig(), rpn=replace(detector.rpn, nms=0.85))
+
+
+def coco(root: str = "data/coco") -> DataConfig:
+    """COCO 2017: short side 800, long side at most 1333, flips left to right, 16 images a step.
+
+    Two of its boxes have no width or height; they are left out.
+
+    Args:
+        root: folder with ``annotations``, ``train2017`` and ``val2017``.
+    """
+    return DataConfig(
+        root,
+        train=SplitConfig("train2017", "annotations/instances_train2017.json"),
+        val=SplitConfig("val2017", "annotations/instances_val2017.json"),
+        workers=4,
+        skip=("box-no-area",),
+    )
+
+
+def coco_multi_scale(root: str = "data/coco") -> DataConfig:
+    """COCO 2017 for multi-scale training (MST): short side from five, long side at most 1400.
+
+    Args:
+        root: folder with ``annotations``, ``train2017`` and ``val2017``.
+    """
+    return replace(coco(root), short_sides=(400, 600, 800, 1000, 1200), max_size=1400)
+
+
+def small_images(root: str, batch_size: int = 4) -> DataConfig:
+    """A small data set in COCO format with its own train, val and test split, at a short side of 256.
+
+    Args:
+        root: folder with ``images`` and ``annotations/instances_{train,val,test}.json``.
+        batch_size: images a step.
+    """
+    splits = {
+        name: SplitConfig("images", f"annotations/instances_{name}.json") for name in ("train", "val", "test")
+    }
+    return DataConfig(
+        root,
+        **splits,
+        batch_size=batch_size,
+        short_sides=(256,),
+        max_size=448,
+        test_short_side=256,
+        test_max_size=448,
+        vflip=0.5,
+        pad_step=32,
+    )
+
+
+def schedule(times: int = 1) -> OptimConfig:
+    """SGD for COCO: 0.02 for 16 images; "1x" is 90,000 iterations with drops at 60,000 and 80,000.
+
+    Args:
+        times: multiple of "1x"; "3x" is 270,000 with drops at 180,000 and 240,000.
+    """
+    milestones = tuple(times * iteration for iteration in MILESTONES_1X)
+    return OptimConfig(iterations=times * ITERATIONS_1X, milestones=milestones)
+
+
+def short_schedule(iterations: int, lr: float = 0.01, batch_size: int = 4) -> OptimConfig:
+    """SGD for a short training from scratch: drops at 70 % and 90 %, gradients clipped.
+
+    Args:
+        iterations: optimizer steps.
+        lr: learning rate for ``batch_size`` images.
+        batch_size: images a step that ``lr`` is for.
+    """
+    return OptimConfig(
+        lr=lr,
+        reference_batch=batch_size,
+        warmup_iterations=min(100, iterations // 5),
+        iterations=iterations,
+        milestones=(iterations * 7 // 10, iterations * 9 // 10),
+        clip_norm=10.0,
+    )
