@@ -7,7 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from drcnn.engine.predictor import Predictor, Result, load
+    from drcnn.engine.predictor import Predictor, Result
+    from drcnn.loading import load
     from drcnn.structures import Detections, ImageBatch, Targets
 
 __version__ = "0.1.0"
@@ -18,7 +19,7 @@ _EXPORTS = {
     "Detections": "drcnn.structures",
     "Predictor": "drcnn.engine.predictor",
     "Result": "drcnn.engine.predictor",
-    "load": "drcnn.engine.predictor",
+    "load": "drcnn.loading",
 }
 
 __all__ = ["Detections", "ImageBatch", "Predictor", "Result", "Targets", "__version__", "load"]

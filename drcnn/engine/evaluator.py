@@ -10,10 +10,10 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from drcnn.data import CocoDataset, DataConfig, eval_loader
+from drcnn.engine.distributed import gather_objects, rank, world_size
 from drcnn.engine.metrics import Metrics, evaluate_results
 from drcnn.errors import DataError
 from drcnn.structures import Detections
@@ -134,9 +134,10 @@ def detect(
 ) -> list[dict]:
     """Runs a detector over a data set, shared among the ranks; see :func:`evaluate`."""
     device = torch.device(device)
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    loader = eval_loader(dataset, data_config, batch_size=batch_size, rank=rank, world_size=world_size)
-    total = len(range(rank, len(dataset), world_size))
+    loader = eval_loader(
+        dataset, data_config, batch_size=batch_size, rank=rank(), world_size=world_size()
+    )
+    total = len(range(rank(), len(dataset), world_size()))
     dtype = AMP_TYPES[amp]
     by_image: dict[int, list[dict]] = {}
     was_training = model.training
@@ -158,9 +159,6 @@ def detect(
                 progress(min(len(by_image), total), total)
     finally:
         model.train(was_training)
-    if world_size > 1:
-        # An image that two ranks were given to even out their shares must count once: key by image.
-        shares: list[dict[int, list[dict]]] = [{} for _ in range(world_size)]
-        dist.all_gather_object(shares, by_image)
-        by_image = {image: found for share in shares for image, found in share.items()}
+    # An image that two ranks were given to even out their shares must count once: they are keyed by image.
+    by_image = {image: found for share in gather_objects(by_image) for image, found in share.items()}
     return [record for i in dataset.image_ids for record in by_image.get(int(i), [])]
