@@ -21,8 +21,8 @@ def box_iou(a: Tensor, b: Tensor, kind: Literal["iou", "giou"] = "iou") -> Tenso
         kind: ``"iou"`` in 0..1 or ``"giou"`` in -1..1.
 
     Returns:
-        Tensor[B, N, M] or Tensor[N, M]: the overlaps. Where a value is undefined (no area, NaN), IoU
-        is 0 and GIoU is -1, so that such a box never matches anything.
+        Tensor[B, N, M] or Tensor[N, M]: the overlaps. Where the value is undefined (NaN, infinite boxes,
+        no area at all), IoU is 0 and GIoU is -1, so that such a box never matches anything.
 
     Raises:
         ValueError: for other shapes or an unknown ``kind``.
@@ -44,7 +44,9 @@ def box_iou_reference(a: Tensor, b: Tensor, kind: str = "iou") -> Tensor:
     width = (torch.minimum(ax2, bx2) - torch.maximum(ax1, bx1)).clamp(min=0)
     height = (torch.minimum(ay2, by2) - torch.maximum(ay1, by1)).clamp(min=0)
     inter = width * height
-    union = (ax2 - ax1) * (ay2 - ay1) + (bx2 - bx1) * (by2 - by1) - inter
+    area_a = (ax2 - ax1).clamp(min=0) * (ay2 - ay1).clamp(min=0)
+    area_b = (bx2 - bx1).clamp(min=0) * (by2 - by1).clamp(min=0)
+    union = area_a + area_b - inter
     iou = inter / union
     if kind == "iou":
         return torch.where(iou > 0, iou, torch.zeros_like(iou))
@@ -52,4 +54,4 @@ def box_iou_reference(a: Tensor, b: Tensor, kind: str = "iou") -> Tensor:
     hull_height = torch.maximum(ay2, by2) - torch.minimum(ay1, by1)
     hull = hull_width * hull_height
     giou = iou - (hull - union) / hull
-    return torch.where(giou >= -1, giou, -torch.ones_like(giou))
+    return torch.where((giou >= -1) & (giou <= 1), giou, -torch.ones_like(giou))
