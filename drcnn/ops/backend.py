@@ -191,8 +191,9 @@ def backend_status() -> list[Choice]:
     return [_choose(op, device, _Request.name) for op in registered_operators() for device in DEVICE_TYPES]
 
 
-# Decided once per key, so that the warning comes once and a call costs a look-up. Called while torch.compile traces and folded into the graph as a string: the answer depends on the
-# arguments and on what is installed, and nothing of either changes within a process.
+# Decided once per key, so that the warning comes once and a call costs a look-up. torch.compile calls this
+# while it traces and folds the string into the graph: the answer depends on the arguments and on what is
+# installed, and neither changes within a process.
 @torch.compiler.assume_constant_result
 def _resolve(op: str, device_type: str, requested: str) -> str:
     key = (op, device_type, requested)
@@ -271,8 +272,8 @@ def _why_no_image(architectures: list[str]) -> str | None:
         major, minor = torch.cuda.get_device_capability(index)
         if not any(runs_on(architecture, major, minor) for architecture in architectures):
             return (
-                f"drcnn._C holds code for {', '.join(architectures)}, not for the GPU cuda:{index} of compute "
-                f"capability {major}.{minor}; run `TORCH_CUDA_ARCH_LIST={major}.{minor} pip install -e .`"
+                f"drcnn._C holds code for {', '.join(architectures)}, not for cuda:{index} of compute "
+                f"capability {major}.{minor}; set TORCH_CUDA_ARCH_LIST={major}.{minor} and install again"
             )
     return None
 

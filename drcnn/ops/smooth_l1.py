@@ -14,7 +14,6 @@ The forward reads pred and target once and keeps no intermediate; the backward r
 writes the gradient of pred. The gradient of target is its negative.
 """
 
-import importlib
 from typing import Any
 
 import torch
@@ -70,7 +69,7 @@ def _check(pred: Tensor, target: Tensor, beta: Tensor | float, mask: Tensor | No
         raise ValueError(f"mask must have shape {list(pred.shape[:-1])}, got {list(mask.shape)}")
     if isinstance(beta, Tensor):
         if beta.dim() != 0 or not beta.dtype.is_floating_point:
-            raise ValueError(f"beta must be a 0-dim float tensor, got {beta.dtype} of shape {list(beta.shape)}")
+            raise ValueError(f"beta must be a 0-dim float tensor, got {beta.dtype} {list(beta.shape)}")
     elif not 0 <= beta < float("inf"):
         raise ValueError(f"beta must be a finite number >= 0, got {beta}")
     for name, tensor in (("target", target), ("beta", beta), ("mask", mask)):
@@ -92,3 +91,65 @@ def _reference(pred: Tensor, target: Tensor, beta: Tensor, mask: Tensor | None) 
     inside = torch.minimum(distance, beta)
     quadratic = 0.5 * inside * (inside / torch.where(beta > 0, beta, 1))
     return torch.where(distance < beta, quadratic, distance - 0.5 * beta).sum()
+
+
+@register("smooth_l1", "native", requires=("smooth_l1_fwd", "smooth_l1_bwd"))
+def _native(pred: Tensor, target: Tensor, beta: Tensor, mask: Tensor | None) -> Tensor:
+    return torch.ops.drcnn.smooth_l1_fwd(pred, target, beta, mask)
+
+
+@register("smooth_l1", "triton")
+def _triton(pred: Tensor, target: Tensor, beta: Tensor, mask: Tensor | None) -> Tensor:
+    return torch.ops.drcnn_triton.smooth_l1_fwd(pred, target, beta, mask)
+
+
+torch.library.define(
+    "drcnn_triton::smooth_l1_fwd", "(Tensor pred, Tensor target, Tensor beta, Tensor? mask) -> Tensor"
+)
+torch.library.define(
+    "drcnn_triton::smooth_l1_bwd",
+    "(Tensor grad, Tensor pred, Tensor target, Tensor beta, Tensor? mask) -> Tensor",
+)
+
+
+# Triton is imported when a kernel runs: it is slow to import and absent where nobody asked for it.
+@torch.library.impl("drcnn_triton::smooth_l1_fwd", ("cpu", "cuda"))
+def _triton_fwd(pred: Tensor, target: Tensor, beta: Tensor, mask: Tensor | None) -> Tensor:
+    from drcnn.kernels import smooth_l1 as kernels
+
+    return kernels.smooth_l1_fwd(pred, target, beta, mask)
+
+
+@torch.library.impl("drcnn_triton::smooth_l1_bwd", ("cpu", "cuda"))
+def _triton_bwd(grad: Tensor, pred: Tensor, target: Tensor, beta: Tensor, mask: Tensor | None) -> Tensor:
+    from drcnn.kernels import smooth_l1 as kernels
+
+    return kernels.smooth_l1_bwd(grad, pred, target, beta, mask)
+
+
+def _register_fake_and_autograd(namespace: str) -> None:
+    """Gives ``namespace::smooth_l1_fwd`` and ``_bwd`` their fake kernels and the former its autograd."""
+    operators = getattr(torch.ops, namespace)
+
+    @torch.library.register_fake(f"{namespace}::smooth_l1_fwd")
+    def fwd_fake(pred: Tensor, target: Tensor, beta: Tensor, mask: Tensor | None) -> Tensor:
+        return torch.empty((), dtype=_accumulation_dtype(pred.dtype), device=pred.device)
+
+    @torch.library.register_fake(f"{namespace}::smooth_l1_bwd")
+    def bwd_fake(grad: Tensor, pred: Tensor, target: Tensor, beta: Tensor, mask: Tensor | None) -> Tensor:
+        return torch.empty_like(pred, memory_format=torch.contiguous_format)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        pred, target, beta, mask = ctx.saved_tensors
+        grad_pred = operators.smooth_l1_bwd(grad, pred, target, beta, mask)
+        return grad_pred, -grad_pred if ctx.needs_input_grad[1] else None, None, None
+
+    torch.library.register_autograd(f"{namespace}::smooth_l1_fwd", backward, setup_context=setup_context)
+
+
+_register_fake_and_autograd("drcnn_triton")
+if native_load_error is None:
+    _register_fake_and_autograd("drcnn")
