@@ -1,6 +1,6 @@
 """The tree of typed configs, how a file in ``configs/`` becomes one, and how flags override its fields.
 
-A config file is Python that builds one object named ``config``. It is executed: use only files that you trust.
+A config file is Python that builds one object named ``config``. It is executed: use files that you trust.
 """
 
 import contextlib

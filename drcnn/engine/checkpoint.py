@@ -1,9 +1,10 @@
 """The state of a run in one file: written atomically, holding plain types only, loaded with ``weights_only``.
 
-Keys: ``format`` (1), ``drcnn_version``, ``step`` (iterations done), ``model``, ``ema`` (None), ``optimizer``,
-``scaler``, ``rng`` (the seed: data order, augmentation and sampling are pure functions of it, the step, the slot
-and the rank, so no generator's state is needed), ``window`` (running sums of the losses since the last log line),
-``best``, ``config`` (plain nested dictionaries), ``categories`` (names), ``category_ids`` (of the annotation file).
+Keys: ``format`` (1), ``drcnn_version``, ``step`` (iterations done), ``model``, ``ema`` (None),
+``optimizer``, ``scaler``, ``rng`` (the seed: data order, augmentation and sampling are pure functions of
+it, the step, the slot and the rank, so no generator's state is needed), ``window`` (running sums of the
+losses since the last log line), ``best``, ``config`` (plain nested dictionaries), ``categories`` (names),
+``category_ids`` (as in the annotation file).
 """
 
 import os
@@ -16,10 +17,23 @@ from typing import Any
 
 import torch
 
-from drcnn.errors import TrainingError, WeightsError
+from drcnn.errors import ConfigError, TrainingError, WeightsError
 
 FORMAT = 1
 KEYS = ("format", "step", "model", "config", "categories", "category_ids")
+
+FREE_TO_CHANGE = (
+    "data.root",
+    "data.workers",
+    "model.backbone.weights",
+    "train.device",
+    "train.threads",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.eval_every",
+    "train.pictures",
+)
+"""Settings that a resumed run may change without a word: they do not change what is computed."""
 
 
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
@@ -90,7 +104,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def find_checkpoint(run_or_file: str | Path) -> Path:
-    """Finds the checkpoint that a path means: the file itself, or a run folder's ``best.pt``, else ``last.pt``.
+    """Finds the checkpoint that a path means: the file itself, or a run's ``best.pt``, else ``last.pt``.
 
     Raises:
         WeightsError: if there is none.
@@ -115,3 +129,34 @@ def config_differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[
         dotted = f"{prefix}.{name}" if prefix else name
         found |= config_differences(old.get(name), new.get(name), dotted)
     return found
+
+
+def changed_settings(
+    state: dict[str, Any], plain_config: dict[str, Any], categories: list[str], iterations: int
+) -> list[str]:
+    """Checks that a run can continue from ``state`` and lists what changed, as ``name old -> new``.
+
+    Args:
+        state (dict): the checkpoint.
+        plain_config (dict): the config of the run that wants to continue.
+        categories (list[str]): class names of its data.
+        iterations (int): its last iteration.
+
+    Raises:
+        ConfigError: if the checkpoint is of another model, of other classes or of a later iteration.
+    """
+    changed = config_differences(state["config"], plain_config)
+    changed = {k: v for k, v in changed.items() if not k.startswith(FREE_TO_CHANGE)}
+    for name, (old, new) in changed.items():
+        if name.startswith("model."):
+            raise ConfigError(f"cannot resume: the run was trained with {name} {old}, and now it is {new}")
+    if list(state["categories"]) != list(categories):
+        raise ConfigError(
+            f"cannot resume: the run was trained on the classes {', '.join(state['categories'])}"
+        )
+    if state["step"] > iterations:
+        raise ConfigError(
+            f"cannot resume: the run is at iteration {state['step']}, after the last of {iterations}; "
+            "raise --optim.iterations"
+        )
+    return [f"{name} {old} -> {new}" for name, (old, new) in changed.items()]

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from drcnn.errors import ConfigError
@@ -85,21 +85,18 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     )
 
 
-def mean_over_ranks(values: Tensor) -> Tensor:
-    """Averages ``values`` over the ranks; every rank gets the result."""
-    if world_size() > 1:
-        dist.all_reduce(values)
-        values /= world_size()
-    return values
-
-
-def minimum_over_ranks(value: int, device: torch.device) -> int:
-    """Returns the least ``value`` of all ranks. Waits for the device, so it is for log events only."""
+def mean_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, float]:
+    """Averages each value over the ranks; waits for the device, so it is for log events only."""
     if world_size() == 1:
-        return value
-    tensor = torch.tensor(value, device=device)
-    dist.all_reduce(tensor, dist.ReduceOp.MIN)
-    return int(tensor)
+        return values
+    total = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return dict(zip(values, (total / world_size()).tolist(), strict=True))
+
+
+def first_over_ranks(value: int | None) -> int | None:
+    """Returns the least value of the ranks that have one, or None."""
+    return min((v for v in gather_objects(value) if v is not None), default=None)
 
 
 def gather_objects(value: object) -> list:

@@ -1,0 +1,175 @@
+"""What a run shows and keeps: a live bar on a terminal, plain lines elsewhere, log.txt and metrics.jsonl."""
+
+import json
+import math
+import os
+import resource
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from drcnn.errors import TrainingError
+
+SHORT_NAMES = {
+    "loss_rpn_objectness": "rpn",
+    "loss_rpn_box": "rpn_box",
+    "loss_classification": "cls",
+    "loss_box": "box",
+    "iou_threshold": "T_now",
+    "beta": "beta_now",
+}
+"""How a value of a record is called on a line; other losses and metrics keep their names."""
+
+HIDDEN = ("step", "epoch", "lr", "loss", "time_per_step", "data_time", "memory_mb")
+HIDDEN += ("window_iou_count", "window_error_count")
+"""Values of a record that have their own place on a line, or none."""
+
+HIDDEN_ZEROS = ("non_finite_statistics",)
+"""Values that are shown only when there is something to tell."""
+
+
+class MetricsFile:
+    """``metrics.jsonl``: one json object a line, appended and flushed at each event."""
+
+    def __init__(self, path: Path, keep: Callable[[dict[str, Any]], bool] | None = None) -> None:
+        """Opens a new file, or an old one of which the records that ``keep`` accepts stay."""
+        try:
+            if keep is None:
+                path.write_text("")
+            elif path.is_file():
+                _keep_records(path, keep)
+            self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise TrainingError(f"cannot write {path}: {error.strerror}; pass another --out") from error
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Appends one record; a number that is not finite becomes null, as json has no other word for it."""
+        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self._file.write(json.dumps(plain) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def _keep_records(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if keep(json.loads(line)):
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):  # a line torn by a kill
+            continue
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".metrics.")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.writelines(kept)
+    os.chmod(name, 0o644)
+    os.replace(name, path)
+
+
+class Display:
+    """Shows a run on the terminal (a live bar, or plain lines) and keeps every line in ``log.txt``."""
+
+    def __init__(self, log: Path | None, iterations: int, *, silent: bool = False) -> None:
+        """Shows nothing when ``silent``, as on ranks other than the main one."""
+        self.iterations = iterations
+        self.silent = silent
+        self._console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
+        self._log = None if silent or log is None else log.open("a", encoding="utf-8")
+        self._step_time: float | None = None
+        self._bar: Progress | None = None
+        if self._console.is_terminal and not silent:
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+            self._bar = Progress(*columns, TextColumn("{task.fields[text]}"), console=self._console)
+            self._train = self._bar.add_task("train", total=iterations, text="")
+            self._eval = self._bar.add_task("eval", total=None, text="", visible=False)
+
+    def start(self) -> None:
+        """Starts the live bar, if there is one."""
+        if self._bar is not None:
+            self._bar.start()
+
+    def close(self) -> None:
+        """Ends the live bar and closes ``log.txt``."""
+        if self._bar is not None:
+            self._bar.stop()
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+    def say(self, line: str) -> None:
+        """Prints one line and keeps it."""
+        if not self.silent:
+            self._console.print(line, markup=False)
+            self._keep(line)
+
+    def show(self, renderable: RenderableType) -> None:
+        """Prints a table or another object of ``rich`` and keeps it as text."""
+        if not self.silent:
+            self._console.print(renderable)
+            if self._log is not None:
+                Console(file=self._log, width=100, no_color=True).print(renderable)
+
+    def step(self, record: dict[str, Any]) -> None:
+        """Shows a record of training; lines elsewhere than on a terminal, where the bar is updated."""
+        line = self._line(record)
+        if self.silent:
+            return
+        if self._bar is None:
+            self.say(line)
+            return
+        self._keep(line)
+        text = line.partition("  ")[2]
+        self._bar.update(self._train, completed=record["step"], text=text)
+
+    def evaluation(self, split: str, done: int, total: int) -> None:
+        """Shows how far an evaluation is."""
+        if self._bar is not None:
+            going_on = done < total
+            self._bar.update(
+                self._eval, description=f"eval {split}", completed=done, total=total, visible=going_on
+            )
+
+    def _keep(self, line: str) -> None:
+        if self._log is not None:
+            self._log.write(line + "\n")
+            self._log.flush()
+
+    def _line(self, record: dict[str, Any]) -> str:
+        parts = [f"step {record['step']}/{self.iterations}", f"loss {record['loss']:.4f}"]
+        for name, value in record.items():
+            if name not in HIDDEN and (value or name not in HIDDEN_ZEROS):
+                short = SHORT_NAMES.get(name, name.removeprefix("loss_"))
+                parts.append(f"{short} {value:.3f}")
+        seconds = record["time_per_step"]
+        smooth = seconds if self._step_time is None else 0.7 * self._step_time + 0.3 * seconds
+        self._step_time = smooth
+        parts.append(f"lr {record['lr']:.3g}")
+        parts.append(f"{1 / seconds:.2f} it/s" if seconds > 0 else "- it/s")
+        parts.append(f"data {record['data_time']:.3f} s")
+        parts.append(f"{record['memory_mb']:.0f} MB")
+        parts.append(f"ETA {format_time((self.iterations - record['step']) * smooth)}")
+        return "  ".join(parts)
+
+
+def format_time(seconds: float) -> str:
+    """Writes a duration as ``h:mm:ss``, with days before it where there are any."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    return (f"{days} d " if days else "") + f"{hour}:{minute:02d}:{second:02d}"
+
+
+def memory_mb(device: torch.device) -> float:
+    """Returns the peak memory in MiB: allocated by torch on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)

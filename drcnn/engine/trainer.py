@@ -1,0 +1,402 @@
+"""The training loop, from top to bottom: fetch, forward, backward, step, observe, log, checkpoint, evaluate.
+
+The loop never waits for the device between two log events. Everything random in an iteration follows from
+(seed, iteration, rank), so that a resumed run continues as if it had never stopped.
+"""
+
+import json
+import signal
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from drcnn import __version__
+from drcnn.data import Batch, CocoDataset, train_loader
+from drcnn.engine import distributed
+from drcnn.engine.checkpoint import FORMAT, changed_settings, load_checkpoint, save_checkpoint
+from drcnn.engine.evaluator import AMP_TYPES, Metrics, evaluate
+from drcnn.engine.optim import build_optimizer, lr_at, set_lr
+from drcnn.engine.predictor import draw_predictions
+from drcnn.engine.progress import Display, MetricsFile, memory_mb
+from drcnn.engine.signals import RunStopped, StopRequest
+from drcnn.engine.splits import open_splits
+from drcnn.engine.summary import build_model, summarize
+from drcnn.engine.window import LossWindow
+from drcnn.errors import ConfigError, TrainingError
+from drcnn.weights import load_backbone_weights
+
+if TYPE_CHECKING:
+    from drcnn.config import Config
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A run: seed, precision, device, and how often it logs, saves and evaluates."""
+
+    seed: int = 0
+    """Seed of the initial weights, the order of the data, augmentation and sampling."""
+    amp: Literal["off", "bf16", "fp16"] = "off"
+    """Number type of autocast; fp16 scales the loss."""
+    device: str = "auto"
+    """Device: auto (CUDA where there is one), cpu, cuda or cuda:N."""
+    threads: int | None = None
+    """CPU threads of torch; None leaves torch's choice."""
+    log_every: int = 20
+    """Iterations between log lines; losses are means over them."""
+    checkpoint_every: int = 5000
+    """Iterations between writings of checkpoints/last.pt; 0 writes it only at the end."""
+    eval_every: int = 0
+    """Iterations between evaluations on the val split, the best of which is kept; 0 evaluates at the end."""
+    pictures: int = 8
+    """Number of pictures of predictions drawn at the end."""
+
+    def __post_init__(self) -> None:
+        """Checks the ranges."""
+        for name, least in (("seed", 0), ("log_every", 1), ("checkpoint_every", 0), ("eval_every", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"train.{name} must be at least {least}, got {getattr(self, name)}")
+        if self.threads is not None and self.threads < 1:
+            raise ConfigError(f"train.threads must be at least 1 or None, got {self.threads}")
+
+
+class Trainer:
+    """Trains one detector in one run folder. The process group, if any, is already there.
+
+    Args:
+        config (Config): the experiment.
+        plain_config (dict): the same as plain types, for checkpoints and config.json.
+        run (Path): the run folder, already prepared.
+        resume (bool): continue from RUN/checkpoints/last.pt.
+        command (str): the command line, for the record.
+    """
+
+    def __init__(
+        self, config: "Config", plain_config: dict[str, Any], run: Path, *, resume: bool, command: str
+    ) -> None:
+        self.config, self.plain_config, self.run, self.command = config, plain_config, run, command
+        self.rank, self.world_size = distributed.rank(), distributed.world_size()
+        main = distributed.is_main()
+        self.device = distributed.pick_device(config.train.device)
+        if config.train.threads is not None:
+            torch.set_num_threads(config.train.threads)
+
+        self.train_data, self.val_data, self.test_data = open_splits(config)
+        torch.manual_seed(config.train.seed)  # the same initial weights on every rank
+        self.model = build_model(config).to(self.device)
+        self.optimizer = build_optimizer(config.optim, self.model, config.data.batch_size)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.train.amp == "fp16")
+        self.window = LossWindow(self.device)
+        self.step = 0  # iterations done
+        self.best: dict[str, Any] | None = None
+        self.changes: list[str] = []
+        if resume:
+            self.load_state(load_checkpoint(run / "checkpoints" / "last.pt"))
+        elif config.model.backbone.weights != "none":
+            load_backbone_weights(self.model.backbone, config.model.backbone.weights)
+        self.parallel = distributed.wrap(self.model, self.device)
+        self.display = Display(run / "log.txt" if main else None, config.optim.iterations, silent=not main)
+        keep = self.was_before if resume else None
+        self.metrics = MetricsFile(run / "metrics.jsonl", keep) if main else None
+        self.recent: deque[tuple[int, Tensor]] = deque(maxlen=config.train.log_every)
+
+    # --- the loop ------------------------------------------------------------------------------------------
+
+    def fit(self) -> dict[str, Metrics]:
+        """Trains to the last iteration and evaluates; returns the metrics of each evaluated split.
+
+        Raises:
+            TrainingError: if a loss is no longer finite or a checkpoint cannot be written.
+            RunStopped: after Ctrl-C or SIGTERM, once the state is saved.
+        """
+        train, last = self.config.train, self.config.optim.iterations
+        self.display.start()
+        try:
+            for line in self.summary():
+                self.display.say(line)
+            with StopRequest() as self.stop:
+                batches = self.batches()
+                self.restart_clock()
+                while self.step < last:
+                    batch = self.fetch(batches)
+                    losses = self.forward(batch)
+                    gradient_norm = self.backward(losses)
+                    self.update(losses, gradient_norm)
+                    self.step += 1
+
+                    if due(train.log_every, self.step) or self.step == last:
+                        self.log()
+                    pause = time.perf_counter()
+                    if due(train.eval_every, self.step) and self.step < last:
+                        self.evaluate_val()
+                    if due(train.checkpoint_every, self.step) or self.step == last:
+                        self.save("last.pt")
+                    self.clock += time.perf_counter() - pause
+                    self.stop_if_asked()
+            return self.finish()
+        finally:
+            self.display.close()
+            if self.metrics is not None:
+                self.metrics.close()
+
+    def batches(self) -> Iterator[Batch]:
+        """Yields the batches of this rank from the current step on."""
+        share = {"rank": self.rank, "world_size": self.world_size}
+        steps = {"start_step": self.step, "num_steps": self.config.optim.iterations - self.step}
+        seed = self.config.train.seed
+        return iter(train_loader(self.train_data, self.config.data, seed=seed, **steps, **share))
+
+    def fetch(self, batches: Iterator[Batch]) -> Batch:
+        """Takes the next batch to the device and seeds the iteration."""
+        start = time.perf_counter()
+        batch = next(batches)
+        self.data_time += time.perf_counter() - start
+        self.timed_steps += 1
+        self.recent.append((self.step + 1, batch.indices))
+        torch.manual_seed(iteration_seed(self.config.train.seed, self.step, self.rank))
+        return batch.to(self.device)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Computes the losses."""
+        dtype = AMP_TYPES[self.config.train.amp]
+        self.parallel.train()
+        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+            return self.parallel(batch.images, batch.targets)
+
+    def backward(self, losses: dict[str, Tensor]) -> Tensor:
+        """Computes the gradients, clips them, and returns their norm before clipping."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(sum_losses(losses)).backward()
+        self.scaler.unscale_(self.optimizer)
+        weights = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
+        if self.config.optim.clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(weights, self.config.optim.clip_norm, norm)
+        return norm
+
+    def update(self, losses: dict[str, Tensor], gradient_norm: Tensor) -> None:
+        """Moves the weights, then the dynamics, and records the iteration; nothing here waits."""
+        set_lr(self.optimizer, lr_at(self.config.optim, self.step, self.config.data.batch_size))
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.model.dynamics.update()
+        values = {"loss": sum_losses(losses), **losses}
+        norm = {"grad_norm": gradient_norm}
+        if self.scaler.is_enabled():  # fp16 meets infinite gradients by design and skips such steps
+            self.window.add(self.step + 1, values, norm)
+        else:
+            self.window.add(self.step + 1, values | norm, {})
+
+    # --- events --------------------------------------------------------------------------------------------
+
+    def log(self) -> None:
+        """Reads the window, checks it, and writes one record."""
+        losses, dynamics = self.read_window()
+        optim, data = self.config.optim, self.config.data
+        seconds = time.perf_counter() - self.clock
+        record: dict[str, Any] = {
+            "step": self.step,
+            "epoch": self.step * data.batch_size / len(self.train_data),
+            "lr": lr_at(optim, self.step - 1, data.batch_size),
+            **losses,
+            **dynamics,
+            "time_per_step": seconds / self.timed_steps,
+            "data_time": self.data_time / self.timed_steps,
+            "memory_mb": memory_mb(self.device),
+        }
+        self.window.reset()
+        self.restart_clock()
+        self.display.step(record)
+        if self.metrics is not None:
+            self.metrics.write(record)
+
+    def read_window(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Waits for the device, and stops the run if a loss or gradient was not finite.
+
+        Raises:
+            TrainingError: naming the iteration and its images.
+        """
+        losses, dynamics, bad = self.window.read(self.model.dynamics.metrics())
+        bad = distributed.first_over_ranks(bad)
+        if bad is None:
+            return distributed.mean_over_ranks(losses, self.device), dynamics
+        indices = dict(self.recent).get(bad, torch.zeros(0, dtype=torch.int64)).tolist()
+        names = distributed.gather_objects([self.train_data.file_name(i) for i in indices])
+        images = ", ".join(name for share in names for name in share)
+        lr = lr_at(self.config.optim, bad - 1, self.config.data.batch_size)
+        kept = self.run / "checkpoints" / "last.pt"
+        raise TrainingError(
+            f"a loss or gradient was not finite at iteration {bad} (lr {lr:.3g}) on the images {images}; "
+            f"lower --optim.lr, set --optim.clip-norm 10, or check these images"
+            + (f"; {kept} is from before" if kept.exists() else "")
+        )
+
+    def save(self, name: str) -> None:
+        """Writes a checkpoint on the main rank.
+
+        Raises:
+            TrainingError: if a weight is not finite, before anything is written, or if the disk says no.
+        """
+        self.read_window()
+        finite = torch.stack([p.detach().isfinite().all() for p in self.model.parameters()]).all()
+        if not bool(finite):
+            raise TrainingError(
+                f"a weight is not finite after iteration {self.step}, so no checkpoint was written; "
+                "lower --optim.lr"
+            )
+        if distributed.is_main():
+            save_checkpoint(self.run / "checkpoints" / name, self.state())
+
+    def evaluate_val(self) -> None:
+        """Evaluates on the val split and keeps the best weights by AP."""
+        metrics = self.evaluate("val", self.val_data, self.step)
+        ap = metrics.summary["AP"]
+        if self.best is None or ap > self.best["AP"]:
+            self.best = {"step": self.step, "AP": ap, "metrics": metrics.to_dict()}
+            self.save("best.pt")
+
+    def evaluate(self, split: str, dataset: CocoDataset, step: int) -> Metrics:
+        """Evaluates the model, whose weights are those of ``step``, on one split and writes a record."""
+
+        def progress(done: int, total: int) -> None:
+            self.display.evaluation(split, done, total)
+            if self.world_size == 1:
+                self.stop_if_asked()
+
+        metrics, _ = evaluate(
+            self.model,
+            dataset,
+            self.config.data,
+            device=self.device,
+            batch_size=max(1, self.config.data.batch_size // self.world_size),
+            amp=self.config.train.amp,
+            progress=progress,
+        )
+        numbers = "  ".join(f"{k} {metrics.summary[k]:.3f}" for k in ("AP", "AP50", "AP75", "AP90"))
+        self.display.say(f"step {step}  {split}  {numbers}")
+        if self.metrics is not None:
+            self.metrics.write({"step": step, "split": split, **metrics.summary})
+        return metrics
+
+    def finish(self) -> dict[str, Metrics]:
+        """Evaluates at the end, with the weights that are best on val; writes metrics and pictures."""
+        self.evaluate_val()
+        best = self.best
+        if best["step"] != self.step:
+            distributed.barrier()
+            state = load_checkpoint(self.run / "checkpoints" / "best.pt")
+            self.model.load_state_dict(state["model"])
+        self.display.say(f"weights of step {best['step']}, the best on val, are evaluated and drawn")
+        found = {"val": Metrics(**best["metrics"])}
+        shown = self.val_data
+        if self.test_data is not None and self.test_data.has_annotations:
+            found["test"] = self.evaluate("test", self.test_data, best["step"])
+            shown = self.test_data
+        for split, metrics in found.items():
+            self.display.say(f"{split} split:")
+            self.display.show(metrics.table())
+            if distributed.is_main():
+                record = {"split": split, "step": best["step"], **metrics.to_dict()}
+                (self.run / f"metrics_{split}.json").write_text(json.dumps(record, indent=1) + "\n")
+        if distributed.is_main() and self.config.train.pictures:
+            folder = self.run / "predictions"
+            draw_predictions(self.model, shown, self.config.data, folder, pictures=self.config.train.pictures)
+        self.display.say(f"run folder: {self.run} (checkpoints/best.pt, metrics.jsonl, predictions/)")
+        distributed.barrier()
+        return found
+
+    def stop_if_asked(self) -> None:
+        """Saves and leaves after Ctrl-C or SIGTERM; several ranks agree on it at log events.
+
+        Raises:
+            RunStopped: once the state is saved.
+        """
+        asked = self.stop.signal
+        if self.world_size > 1:
+            if not due(self.config.train.log_every, self.step):
+                return
+            asked = max(distributed.gather_objects(asked))
+        if asked:
+            self.save("last.pt")
+            raise RunStopped(
+                f"stopped by {signal.Signals(asked).name} after iteration {self.step} with its state saved; "
+                "the same command with --resume continues",
+                128 + asked,
+            )
+
+    def restart_clock(self) -> None:
+        """Starts to time the iterations of the next record."""
+        self.clock, self.data_time, self.timed_steps = time.perf_counter(), 0.0, 0
+
+    def summary(self) -> list[str]:
+        """Returns the lines that say what is trained, on what, how, and with which kernels."""
+        splits = {"train": self.train_data, "val": self.val_data, "test": self.test_data}
+        lines = [f"command: {self.command}"]
+        lines += summarize(self.config, self.model, splits, self.device, self.world_size)
+        lines += [f"resumed after iteration {self.step}"] if self.step else []
+        return lines + [f"changed, so the continuation is not bit-exact: {c}" for c in self.changes]
+
+    # --- state ---------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Returns everything that a resumed run needs; see :mod:`drcnn.engine.checkpoint` for the keys."""
+        return {
+            "format": FORMAT,
+            "drcnn_version": __version__,
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "ema": None,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "rng": {"seed": self.config.train.seed},
+            "window": self.window.state_dict(),
+            "best": self.best,
+            "config": self.plain_config,
+            "categories": list(self.train_data.categories),
+            "category_ids": [int(i) for i in self.train_data.category_ids],
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continues from a checkpoint.
+
+        Raises:
+            ConfigError: if it is of another model, of other classes or of a later iteration.
+        """
+        iterations = self.config.optim.iterations
+        self.changes = changed_settings(state, self.plain_config, self.train_data.categories, iterations)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:  # the checkpoint's values came back with its state
+            group["momentum"] = self.config.optim.momentum
+            group["weight_decay"] = self.config.optim.weight_decay
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        self.window.load_state_dict(state["window"])
+        self.step, self.best = int(state["step"]), state["best"]
+
+    def was_before(self, record: dict[str, Any]) -> bool:
+        """Tells whether a record of metrics.jsonl stays on resume; the evaluation at the end is redone."""
+        if "split" in record and self.step == self.config.optim.iterations:
+            return record["step"] < self.step and record["split"] == "val"
+        return record["step"] <= self.step
+
+
+def due(every: int, step: int) -> bool:
+    """Tells whether an event that comes every so many iterations comes after iteration ``step``."""
+    return every > 0 and step % every == 0
+
+
+def sum_losses(losses: dict[str, Tensor]) -> Tensor:
+    """Adds the losses."""
+    return torch.stack([value.float() for value in losses.values()]).sum()
+
+
+def iteration_seed(seed: int, step: int, rank: int) -> int:
+    """Returns the seed of torch's generators for one iteration on one rank, below 2 ** 63."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)

@@ -1,0 +1,75 @@
+"""The losses of the iterations since the last log line, summed on the device and read in one transfer."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NEVER = -1
+
+
+class LossWindow:
+    """Sums losses and remembers the first iteration with one that is not finite; it never waits.
+
+    Attributes:
+        count (int): number of iterations summed.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Starts empty, on ``device``."""
+        self.device = device
+        self.names: list[str] = []
+        self.count = 0
+        self.sums = torch.zeros(0, dtype=torch.float64, device=device)
+        self.first_bad = torch.full((), NEVER, dtype=torch.int64, device=device)
+
+    def add(self, iteration: int, values: dict[str, Tensor], unchecked: dict[str, Tensor]) -> None:
+        """Adds the values of one iteration.
+
+        Args:
+            iteration (int): number of the iteration, for the report of the first bad one.
+            values (dict[str, Tensor]): 0-dim tensors that must be finite, with the same names at each call.
+            unchecked (dict[str, Tensor]): the same, but they may be infinite.
+        """
+        stacked = torch.stack([v.detach().double() for v in (*values.values(), *unchecked.values())])
+        names = [*values, *unchecked]
+        if self.names != names:
+            self.names, self.count = names, 0
+            self.sums = torch.zeros_like(stacked)
+        self.sums += stacked
+        self.count += 1
+        bad = ~stacked[: len(values)].isfinite().all() & (self.first_bad == NEVER)
+        self.first_bad = torch.where(bad, iteration, self.first_bad)
+
+    def read(self, extra: dict[str, Tensor]) -> tuple[dict[str, float], dict[str, float], int | None]:
+        """Waits for the device once and reads the window.
+
+        Args:
+            extra (dict[str, Tensor]): 0-dim tensors to read in the same transfer.
+
+        Returns:
+            The mean of each loss over the window, the values of ``extra``, and the first iteration that had a
+            value that was not finite, or None.
+        """
+        means = self.sums / max(self.count, 1)
+        tail = [v.detach().to(means) for v in extra.values()]
+        numbers = torch.cat([means, torch.stack([*tail, self.first_bad.double()])]).tolist()
+        first_bad = int(numbers.pop())
+        names = [*self.names, *extra]
+        found = dict(zip(names, numbers, strict=True))
+        losses = {n: found[n] for n in self.names}
+        return losses, {n: found[n] for n in extra}, None if first_bad == NEVER else first_bad
+
+    def reset(self) -> None:
+        """Empties the sums; the first bad iteration stays on record."""
+        self.sums = torch.zeros_like(self.sums)
+        self.count = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the sums, so that a resumed run logs the same means as one that was never stopped."""
+        return {"names": list(self.names), "sums": self.sums, "count": self.count}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what :meth:`state_dict` returned."""
+        self.names, self.count = list(state["names"]), int(state["count"])
+        self.sums = state["sums"].to(self.device).clone()
