@@ -48,7 +48,8 @@ def load_image(
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise DataError(f"image {path} has too many pixels to be decoded safely; make it smaller") from None
     except _DECODE_ERRORS as error:
-        cause = " ".join(str(error).split()) or type(error).__name__
+        said = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        cause = " ".join(said.split())
         raise DataError(f"image {path} cannot be decoded: {cause}") from None
 
 

@@ -10,7 +10,7 @@ _SUPERSAMPLE = 3
 _PLACEMENT_TRIES = 12
 _MIN_CONTRAST = 60.0  # distance in RGB between a shape and the background
 _MIN_VISIBLE = 0.6  # share of a shape that later shapes must leave visible
-_SMALLEST, _MIDDLE, _LARGEST = 16.0, 40.0, 0.7  # px, px, share of the shorter image side
+_SMALLEST, _MIDDLE, _LARGEST = 18.0, 36.0, 0.85  # px, px, share of the shorter image side
 
 
 def _regular(corners: int, radii: tuple[float, ...] = (1.0,)) -> list[tuple[float, float]]:
@@ -103,8 +103,9 @@ def _place(
     generator: np.random.Generator,
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """Finds a place that leaves enough of every earlier object visible; None if there is none."""
+    diameter = _diameter(size, generator)
     for _ in range(_PLACEMENT_TRIES):
-        alpha = _shape_alpha(shape, size, generator)
+        alpha = _shape_alpha(shape, size, diameter, generator)
         mask = alpha >= 0.5
         seen = all(
             (o.mask & ~mask).sum() >= _MIN_VISIBLE * area for o, area in zip(objects, full_areas, strict=True)
@@ -117,34 +118,45 @@ def _place(
 def _diameter(size: tuple[int, int], generator: np.random.Generator) -> float:
     """Small, medium and large shapes in equal numbers, so that every COCO size range occurs."""
     largest = _LARGEST * min(size)
-    bounds = ((_SMALLEST, _MIDDLE), (_MIDDLE, max(_MIDDLE, 0.6 * largest)), (0.6 * largest, largest))
+    middle = min(_MIDDLE, largest)
+    bounds = (
+        (min(_SMALLEST, middle), middle),
+        (middle, (middle + largest) / 2),
+        ((middle + largest) / 2, largest),
+    )
     low, high = bounds[int(generator.integers(len(bounds)))]
-    return max(_SMALLEST, float(generator.uniform(min(low, high), max(low, high))))
+    return float(generator.uniform(low, high))
 
 
-def _shape_alpha(shape: str, size: tuple[int, int], generator: np.random.Generator) -> np.ndarray:
-    """Coverage of each pixel by a shape at a random place, size and angle, float32 [H, W] in 0..1."""
+def _shape_alpha(
+    shape: str, size: tuple[int, int], diameter: float, generator: np.random.Generator
+) -> np.ndarray:
+    """Coverage of each pixel by a shape at a random place and angle, float32 [H, W] in 0..1."""
     height, width = size
-    radius = min(_diameter(size, generator), 0.95 * min(size)) / 2
-    center = generator.uniform(radius, width - radius), generator.uniform(radius, height - radius)
+    radius = diameter / 2
+    center_x, center_y = generator.uniform(radius, width - radius), generator.uniform(radius, height - radius)
+    left, top = int(center_x - radius), int(center_y - radius)  # only this corner of the image is drawn on
+    side = int(2 * radius) + 3
     stretch = generator.uniform(0.85, 1.15)
     angle = math.radians(float(generator.uniform(-20, 20)))
-    scale = _SUPERSAMPLE * radius / 1.15
-    picture = Image.new("L", (width * _SUPERSAMPLE, height * _SUPERSAMPLE))
+    rx, ry = _SUPERSAMPLE * radius / 1.15 * stretch, _SUPERSAMPLE * radius / 1.15 / stretch
+    x0, y0 = (center_x - left) * _SUPERSAMPLE, (center_y - top) * _SUPERSAMPLE
+    picture = Image.new("L", (side * _SUPERSAMPLE, side * _SUPERSAMPLE))
     draw = ImageDraw.Draw(picture)
-    x0, y0 = center[0] * _SUPERSAMPLE, center[1] * _SUPERSAMPLE
     if shape in _POLYGONS:
         cos, sin = math.cos(angle), math.sin(angle)
-        points = [(scale * stretch * x, scale / stretch * y) for x, y in _POLYGONS[shape]]
+        points = [(rx * x, ry * y) for x, y in _POLYGONS[shape]]
         draw.polygon([(x0 + x * cos - y * sin, y0 + x * sin + y * cos) for x, y in points], fill=255)
     elif shape in ("circle", "ring"):
-        rx, ry = scale * stretch, scale / stretch
         draw.ellipse((x0 - rx, y0 - ry, x0 + rx, y0 + ry), fill=255)
         if shape == "ring":
             draw.ellipse((x0 - 0.55 * rx, y0 - 0.55 * ry, x0 + 0.55 * rx, y0 + 0.55 * ry), fill=0)
     else:
         raise ValueError(f"unknown shape {shape!r}: choose from {', '.join(SHAPES)}")
-    return np.asarray(picture.resize((width, height), Image.Resampling.BOX), dtype=np.float32) / 255
+    patch = np.asarray(picture.resize((side, side), Image.Resampling.BOX), dtype=np.float32) / 255
+    alpha = np.zeros((height, width), dtype=np.float32)
+    alpha[top : top + side, left : left + side] = patch[: height - top, : width - left]
+    return alpha
 
 
 def _paint(canvas: np.ndarray, alpha: np.ndarray, mask: np.ndarray, generator: np.random.Generator) -> None:
@@ -153,9 +165,12 @@ def _paint(canvas: np.ndarray, alpha: np.ndarray, mask: np.ndarray, generator: n
     colour = generator.uniform(10, 245, 3)
     while np.linalg.norm(colour - under) < _MIN_CONTRAST:
         colour = generator.uniform(10, 245, 3)
-    rows, columns = np.indices(alpha.shape, dtype=np.float32)
+    rows, columns = np.flatnonzero(alpha.any(axis=1)), np.flatnonzero(alpha.any(axis=0))
+    region = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    cover = alpha[region]
+    y, x = np.indices(cover.shape, dtype=np.float32)
     angle, period = generator.uniform(0, math.pi), generator.uniform(4, 12)
-    wave = np.sin((columns * math.cos(angle) + rows * math.sin(angle)) * (2 * math.pi / period))
+    wave = np.sin((x * math.cos(angle) + y * math.sin(angle)) * (2 * math.pi / period))
     texture = wave * generator.uniform(0, 16)
-    texture = texture + generator.standard_normal(alpha.shape, dtype=np.float32) * generator.uniform(1, 7)
-    canvas += alpha[:, :, None] * (colour.astype(np.float32) + texture[:, :, None] - canvas)
+    texture = texture + generator.standard_normal(cover.shape, dtype=np.float32) * generator.uniform(1, 7)
+    canvas[region] += cover[:, :, None] * (colour.astype(np.float32) + texture[:, :, None] - canvas[region])

@@ -1,0 +1,83 @@
+"""Decoding of image files."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from drcnn.data import load_image
+from drcnn.errors import DataError
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+
+
+def save(tmp_path, array, mode=None, name="a.png", **options):
+    path = tmp_path / name
+    image = Image.fromarray(array)
+    (image if mode is None else image.convert(mode)).save(path, **options)
+    return path
+
+
+def test_rgb_is_exact_and_writable(tmp_path):
+    image = load_image(save(tmp_path, PIXELS))
+    assert image.dtype == np.uint8 and image.flags.writeable
+    np.testing.assert_array_equal(image, PIXELS)
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "LA", "RGBA"])
+def test_other_modes_become_rgb(tmp_path, mode):
+    image = load_image(save(tmp_path, PIXELS, mode))
+    assert image.shape == (5, 7, 3)
+    if mode == "RGBA":
+        np.testing.assert_array_equal(image, PIXELS)
+    if mode == "L":
+        np.testing.assert_array_equal(
+            image, np.array(Image.fromarray(PIXELS).convert("L"))[..., None].repeat(3, 2)
+        )
+
+
+def test_cmyk(tmp_path):
+    flat = np.full((8, 8, 3), (200, 30, 90), dtype=np.uint8)
+    image = load_image(save(tmp_path, flat, "CMYK", name="a.jpg", quality=95))
+    assert np.abs(image.astype(int) - flat).max() < 6
+
+
+def test_16_bit_grey_is_scaled_not_cut(tmp_path):
+    image = load_image(save(tmp_path, np.array([[0, 257, 32896, 65535]], dtype=np.uint16)))
+    assert image[0, :, 0].tolist() == [0, 1, 128, 255] and image.shape == (1, 4, 3)
+
+
+def test_exif_rotation_is_applied_only_if_the_annotations_want_it(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    path = save(tmp_path, PIXELS, exif=exif)
+    np.testing.assert_array_equal(load_image(path), PIXELS)
+    np.testing.assert_array_equal(load_image(path, size=(5, 7)), PIXELS)
+    np.testing.assert_array_equal(load_image(path, size=(7, 5)), np.rot90(PIXELS, -1))
+    np.testing.assert_array_equal(load_image(path, upright=True), np.rot90(PIXELS, -1))
+
+
+def test_another_size_than_annotated(tmp_path):
+    with pytest.raises(
+        DataError, match=r"a.png is 7x5 pixels \(width x height\), but its annotations say 9x5"
+    ):
+        load_image(save(tmp_path, PIXELS), size=(5, 9))
+
+
+def test_bad_files(tmp_path):
+    path = save(tmp_path, np.zeros((64, 64, 3), np.uint8), name="b.jpg")
+    path.write_bytes(path.read_bytes()[:-300])
+    (tmp_path / "text.jpg").write_text("no image")
+    for name, message in (
+        ("b.jpg", "cannot be decoded: (?i:.*truncated)"),
+        ("text.jpg", "cannot be decoded: not a known image format"),
+        ("nothing.jpg", "not found"),
+        (".", "cannot be decoded: Is a directory"),
+    ):
+        with pytest.raises(DataError, match=message):
+            load_image(tmp_path / name)
+
+
+def test_an_image_bomb_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    with pytest.raises(DataError, match="too many pixels"):
+        load_image(save(tmp_path, PIXELS))
