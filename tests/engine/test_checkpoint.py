@@ -1,0 +1,135 @@
+import os
+
+import pytest
+import torch
+
+from drcnn.engine.checkpoint import (
+    changed_settings,
+    config_differences,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from drcnn.errors import ConfigError, TrainingError, WeightsError
+
+
+def make_state(step=3, **changes):
+    state = {
+        "format": 1,
+        "step": step,
+        "model": {"weight": torch.arange(1000.0)},
+        "config": {"optim": {"lr": 0.1}, "model": {"num_classes": 3}, "data": {"workers": 2}},
+        "categories": ["a", "b"],
+        "category_ids": [1, 7],
+    }
+    return state | changes
+
+
+def test_round_trip(tmp_path):
+    path = tmp_path / "checkpoints" / "last.pt"
+    save_checkpoint(path, make_state())
+    state = load_checkpoint(path)
+    assert state["step"] == 3 and state["category_ids"] == [1, 7]
+    assert torch.equal(state["model"]["weight"], torch.arange(1000.0))
+    assert [p.name for p in path.parent.iterdir()] == ["last.pt"]
+
+
+@pytest.mark.parametrize("moment", ["save", "fsync", "replace"])
+def test_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch, moment):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, make_state(step=1))
+
+    def crash(*args, **kwargs):
+        if moment == "save":
+            args[1].write(b"half of a checkpoint")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((torch, "save") if moment == "save" else (os, moment)), crash)
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(path, make_state(step=2))
+    assert load_checkpoint(path)["step"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_full_disk_is_one_line_and_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, make_state(step=1))
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(TrainingError, match=r"last\.pt: No space left on device; the one written before is unt"):
+        save_checkpoint(path, make_state(step=2))
+    assert load_checkpoint(path)["step"] == 1
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
+def test_torn_checkpoint_is_one_line(tmp_path, share):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, make_state())
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(WeightsError, match=r"last\.pt is torn") as error:
+        load_checkpoint(path)
+    assert "\n" not in str(error.value)
+
+
+def test_checkpoint_that_would_run_code_is_refused(tmp_path):
+    class Dangerous:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "made-by-a-checkpoint"),))
+
+    path = tmp_path / "last.pt"
+    torch.save(make_state(best=Dangerous()), path)
+    with pytest.raises(WeightsError, match="holds more than plain tensors"):
+        load_checkpoint(path)
+    assert not (tmp_path / "made-by-a-checkpoint").exists()
+
+
+def test_other_files_are_refused(tmp_path):
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pt")
+    with pytest.raises(WeightsError, match=r"other\.pt is not a checkpoint of drcnn: it has no format"):
+        load_checkpoint(tmp_path / "other.pt")
+    torch.save(torch.zeros(2), tmp_path / "tensor.pt")
+    with pytest.raises(WeightsError, match="is not a checkpoint of drcnn"):
+        load_checkpoint(tmp_path / "tensor.pt")
+    torch.save(make_state(format=2), tmp_path / "newer.pt")
+    with pytest.raises(WeightsError, match="has format 2, this drcnn reads 1"):
+        load_checkpoint(tmp_path / "newer.pt")
+    with pytest.raises(WeightsError, match="does not exist"):
+        load_checkpoint(tmp_path / "absent.pt")
+
+
+def test_find_checkpoint_prefers_the_best(tmp_path):
+    with pytest.raises(WeightsError, match="holds no checkpoint"):
+        find_checkpoint(tmp_path)
+    save_checkpoint(tmp_path / "checkpoints" / "last.pt", make_state())
+    assert find_checkpoint(tmp_path).name == "last.pt"
+    save_checkpoint(tmp_path / "checkpoints" / "best.pt", make_state())
+    assert find_checkpoint(tmp_path).name == "best.pt"
+    assert find_checkpoint(tmp_path / "checkpoints" / "last.pt").name == "last.pt"
+    with pytest.raises(WeightsError, match="does not exist"):
+        find_checkpoint(tmp_path / "absent")
+
+
+def test_differences_of_configs():
+    old = {"optim": {"lr": 0.1, "gone": 1}, "same": [1, 2]}
+    new = {"optim": {"lr": 0.2}, "same": [1, 2]}
+    assert config_differences(old, new) == {"optim.lr": (0.1, 0.2), "optim.gone": (1, None)}
+
+
+def test_resume_refuses_another_model_and_tells_of_other_changes():
+    state = make_state()
+    plain = state["config"]
+    names = state["categories"]
+    assert changed_settings(state, plain, names, 10) == []
+    assert changed_settings(state, plain | {"optim": {"lr": 0.2}}, names, 10) == ["optim.lr 0.1 -> 0.2"]
+    assert changed_settings(state, plain | {"data": {"workers": 4}}, names, 10) == []
+    with pytest.raises(ConfigError, match=r"model\.num_classes 3, and now it is 4"):
+        changed_settings(state, plain | {"model": {"num_classes": 4}}, names, 10)
+    with pytest.raises(ConfigError, match="classes a, b"):
+        changed_settings(state, plain, ["b", "a"], 10)
+    with pytest.raises(ConfigError, match="is at iteration 3, after the last of 2"):
+        changed_settings(state, plain, names, 2)
