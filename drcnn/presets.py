@@ -5,7 +5,7 @@ Numbers are those of Dynamic R-CNN (arXiv 2004.06002, section 5.1) unless said o
 
 from dataclasses import replace
 
-from drcnn.data import DataConfig, SplitConfig
+from drcnn.data import DataConfig, SplitConfig, SyntheticConfig
 from drcnn.dynamics import DynamicTrainingConfig
 from drcnn.engine.optim import OptimConfig
 from drcnn.models import (
@@ -108,6 +108,30 @@ def small_images(root: str, batch_size: int = 4) -> DataConfig:
         test_max_size=448,
         vflip=0.5,
         pad_step=32,
+    )
+
+
+def synthetic_shapes(root: str, batch_size: int = 4) -> DataConfig:
+    """Textured shapes of four classes, made in ``root`` when it is not there; short side 192.
+
+    Args:
+        root: folder to make.
+        batch_size: images a step.
+    """
+    splits = {
+        name: SplitConfig(f"images/{name}", f"annotations/instances_{name}.json") for name in ("train", "val")
+    }
+    return DataConfig(
+        root,
+        **splits,
+        batch_size=batch_size,
+        short_sides=(192,),
+        max_size=320,
+        test_short_side=192,
+        test_max_size=320,
+        vflip=0.5,
+        pad_step=32,
+        synthetic=SyntheticConfig(),
     )
 
 
