@@ -1,0 +1,312 @@
+"""smooth_l1: every backend against the reference, and the reference against a plain formula."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from drcnn.ops import backend_status, smooth_l1, use_backend
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+SHAPES = ((0, 4), (1, 4), (7, 4), (3, 65, 4), (513, 4), (2, 3, 5, 4), (20_011, 4))
+BETAS = (0.0, 1e-30, 0.25, 1.0)
+
+
+def _runnable(backend: str, device: str) -> str | None:
+    """Why the backend cannot run smooth_l1 on the device, or None."""
+    if device == "cuda" and not torch.cuda.is_available():
+        return "no CUDA device"
+    status = {(c.op, c.device_type): c for c in backend_status()}
+    return status["smooth_l1", device].unavailable.get(backend)
+
+
+def _case(backend: str, device: str):
+    marks = [getattr(pytest.mark, backend)] if backend == "triton" else []
+    marks += [pytest.mark.gpu] if device == "cuda" else []
+    reason = _runnable(backend, device)
+    marks += [pytest.mark.skipif(reason is not None, reason=str(reason))]
+    return pytest.param(backend, device, id=f"{backend}-{device}", marks=marks)
+
+
+KERNELS = [_case(backend, device) for backend in ("native", "triton") for device in ("cpu", "cuda")]
+on_kernels = pytest.mark.parametrize(("backend", "device"), KERNELS)
+on_all = pytest.mark.parametrize(
+    ("backend", "device"), [_case("reference", "cpu"), _case("reference", "cuda"), *KERNELS]
+)
+
+
+def _plain(pred, target, beta, mask=None):
+    """The equation in float64, coordinate by coordinate."""
+    total = 0.0
+    keep = torch.ones(pred.shape[:-1], dtype=torch.bool) if mask is None else mask.cpu()
+    for p, t in zip(pred[keep].flatten().tolist(), target[keep].flatten().tolist(), strict=True):
+        x = abs(p - t)
+        total += 0.5 * x * x / beta if x < beta else x - 0.5 * beta
+    return total
+
+
+def _inputs(shape, dtype, device="cpu", poison=False):
+    pred = torch.randn(shape).to(device, dtype)
+    target = torch.randn(shape).to(device, dtype)
+    mask = (torch.rand(shape[:-1]) > 0.3).to(device)
+    if poison:
+        pred[~mask] = float("nan")
+        target[~mask] = float("inf")
+    return pred, target, mask
+
+
+def _run(backend, pred, target, beta, mask):
+    pred, target = pred.detach().clone().requires_grad_(), target.detach().clone().requires_grad_()
+    with use_backend(backend):
+        loss = smooth_l1(pred, target, beta, mask)
+        loss.backward()
+    return loss.detach(), pred.grad, target.grad
+
+
+def _assert_same(actual, expected):
+    for name, a, e in zip(("loss", "grad of pred", "grad of target"), actual, expected, strict=True):
+        assert a.dtype == e.dtype and a.shape == e.shape, name
+        torch.testing.assert_close(a, e, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@on_all
+@pytest.mark.parametrize("beta", BETAS)
+def test_value_is_the_equation(backend, device, beta):
+    pred, target, mask = _inputs((37, 4), torch.float64, device)
+    with use_backend(backend):
+        loss = smooth_l1(pred, target, beta, mask)
+    assert loss.shape == () and loss.item() == pytest.approx(_plain(pred, target, beta, mask), rel=1e-12)
+
+
+@on_all
+def test_agrees_with_torch(backend, device):
+    pred, target, _ = _inputs((50, 4), torch.float32, device)
+    expected = torch.nn.functional.smooth_l1_loss(pred, target, beta=0.3, reduction="sum")
+    with use_backend(backend):
+        torch.testing.assert_close(smooth_l1(pred, target, 0.3), expected)
+
+
+@on_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_kernel_agrees_with_reference(backend, device, dtype, shape):
+    for beta in BETAS:
+        pred, target, mask = _inputs(shape, dtype, device, poison=True)
+        beta = torch.tensor(beta, device=device)
+        _assert_same(_run(backend, pred, target, beta, mask), _run("reference", pred, target, beta, mask))
+        pred, target, _ = _inputs(shape, dtype, device)
+        _assert_same(_run(backend, pred, target, beta, None), _run("reference", pred, target, beta, None))
+
+
+@on_kernels
+def test_a_million_boxes(backend, device):
+    if backend == "triton" and device == "cpu":
+        pytest.skip("the interpreter would take minutes for a million boxes")
+    pred, target, mask = _inputs((1_000_003, 4), torch.float32, device, poison=True)
+    beta = torch.tensor(0.4, device=device)
+    _assert_same(_run(backend, pred, target, beta, mask), _run("reference", pred, target, beta, mask))
+
+
+@on_kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layouts(backend, device, dtype):
+    base = torch.randn(11, 4, 6).to(device, dtype)
+    transposed = base.transpose(1, 2)  # [11, 6, 4], strided
+    sliced = torch.randn(11, 12, 4).to(device, dtype)[:, ::2]
+    mask = (torch.rand(6, 11) > 0.3).to(device).t()
+    _assert_same(
+        _run(backend, transposed, sliced, 0.5, mask), _run("reference", transposed, sliced, 0.5, mask)
+    )
+    # Contiguous, but off the 16-byte boundary that vector loads want.
+    odd = torch.randn(4 * 33 + 1).to(device, dtype)[1:].view(33, 4)
+    for backend_pred, backend_target in ((odd, odd.clone() + 1), (odd.clone() + 1, odd)):
+        a, e = [], []
+        for name, out in ((backend, a), ("reference", e)):
+            pred = backend_pred.detach().requires_grad_()
+            with use_backend(name):
+                loss = smooth_l1(pred, backend_target, 0.5)
+            out += [loss.detach(), *torch.autograd.grad(loss, pred)]
+        torch.testing.assert_close(a, e)
+
+
+@on_all
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_masked_boxes_never_matter(backend, device, dtype):
+    pred, target, mask = _inputs((64, 4), dtype, device, poison=True)
+    loss, grad_pred, grad_target = _run(backend, pred, target, 0.5, mask)
+    assert torch.isfinite(loss)
+    for grad in (grad_pred, grad_target):
+        assert torch.equal(grad[~mask], torch.zeros_like(grad[~mask])) and (grad[mask] != 0).any()
+    nothing = _run(backend, pred, target, 0.5, torch.zeros_like(mask))
+    assert all(torch.equal(value, torch.zeros_like(value)) for value in nothing)
+
+
+@on_all
+def test_a_difference_of_exactly_beta_is_linear(backend, device):
+    beta = torch.tensor(0.5, device=device)
+    pred = torch.tensor([[0.5, -0.5, 0.0, 0.25]], device=device)
+    loss, grad, _ = _run(backend, pred, torch.zeros_like(pred), beta, None)
+    assert loss.item() == 0.25 + 0.25 + 0 + 0.0625
+    assert grad.tolist() == [[1, -1, 0, 0.5]]
+
+
+@on_all
+def test_beta_zero_is_l1(backend, device):
+    pred = torch.tensor([[2.0, -3.0, 0.0, 1e-30]], device=device)
+    loss, grad, grad_target = _run(backend, pred, torch.zeros_like(pred), 0.0, None)
+    assert loss.item() == 5 and grad.tolist() == [[1, -1, 0, 1]]
+    assert torch.equal(grad_target, -grad)
+
+
+@on_all
+def test_unmasked_nan_stays_visible(backend, device):
+    pred = torch.full((1, 4), float("nan"), device=device)
+    with use_backend(backend):
+        assert torch.isnan(smooth_l1(pred, torch.zeros_like(pred), 1.0))
+        assert torch.isinf(smooth_l1(torch.full_like(pred, torch.inf), torch.zeros_like(pred), 1.0))
+
+
+@on_all
+def test_half_precision_is_summed_in_float32(backend, device):
+    pred = torch.ones(4096, 4, dtype=torch.bfloat16, device=device)
+    with use_backend(backend):
+        loss = smooth_l1(pred, torch.zeros_like(pred), 0.0)
+    assert loss.dtype == torch.float32 and loss.item() == 16384
+
+
+@on_all
+def test_equal_inputs_give_equal_bits(backend, device):
+    pred, target, mask = _inputs((9001, 4), torch.float32, device)
+    first = _run(backend, pred, target, 0.7, mask)
+    for _ in range(3):
+        assert all(
+            torch.equal(a, b) for a, b in zip(_run(backend, pred, target, 0.7, mask), first, strict=True)
+        )
+
+
+def test_native_does_not_depend_on_the_number_of_threads():
+    reason = _runnable("native", "cpu")
+    if reason:
+        pytest.skip(reason)
+    pred, target, mask = _inputs((100_003, 4), torch.float32)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(_run("native", pred, target, 0.7, mask))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+@on_all
+def test_gradcheck(backend, device):
+    pred = torch.tensor([[0.1, -0.2, 0.9, -1.5], [0.4, 2.0, -0.05, 0.3]], dtype=torch.float64, device=device)
+    target = torch.tensor([[0.3, 0.3, 0.2, 0.1], [0.0, 0.1, 0.2, -3.0]], dtype=torch.float64, device=device)
+    mask = torch.tensor([True, True], device=device)
+    pred.requires_grad_(), target.requires_grad_()
+    beta = torch.tensor(0.45, dtype=torch.float64, device=device)
+    with use_backend(backend):
+        assert torch.autograd.gradcheck(lambda p, t: smooth_l1(p, t, beta, mask), (pred, target))
+        assert torch.autograd.gradcheck(lambda p: smooth_l1(p, target.detach(), beta), (pred,))
+
+
+@on_kernels
+def test_opcheck(backend, device):
+    operators = torch.ops.drcnn if backend == "native" else torch.ops.drcnn_triton
+    beta = torch.tensor(0.5, device=device)
+    for dtype in (torch.float32, torch.bfloat16):
+        pred, target, mask = _inputs((5, 4), dtype, device)
+        strided = torch.randn(5, 8, device=device).to(dtype)[:, ::2]
+        for args in ((pred, target, beta, mask), (pred, target, beta, None), (strided, target, beta, mask)):
+            torch.library.opcheck(operators.smooth_l1_bwd.default, (beta, *args))
+            pred_, target_, *rest = args
+            leaves = (pred_.detach().requires_grad_(), target_.detach().requires_grad_())
+            torch.library.opcheck(operators.smooth_l1_fwd.default, (*leaves, *rest))
+
+
+@on_all
+def test_traces_as_one_graph(backend, device):
+    pred, target, mask = _inputs((6, 4), torch.float32, device)
+
+    def loss(p, t, b, m):
+        return smooth_l1(p * 2, t, b, m) / m.sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (loss, compiled):
+        for beta in (0.2, 0.9):
+            leaf = pred.clone().requires_grad_()
+            with use_backend(backend):
+                value = function(leaf, target, torch.tensor(beta, device=device), mask)
+            results += [value.detach(), *torch.autograd.grad(value, leaf)]
+    torch.testing.assert_close(results[: len(results) // 2], results[len(results) // 2 :])
+
+
+@on_kernels
+def test_no_element_is_left_unwritten(backend, device, monkeypatch):
+    """Memory that is new is full of NaN, so that an element that a kernel skips shows."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        for boxes in (1, 63, 65, 1025, 20_011):
+            pred, target, mask = _inputs((boxes, 4), torch.float32, device, poison=True)
+            assert all(torch.isfinite(value).all() for value in _run(backend, pred, target, 0.5, mask))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@on_all
+def test_mixed_dtypes_are_promoted(backend, device):
+    pred, target, mask = _inputs((9, 4), torch.float32, device)
+    loss, grad, grad_target = _run(backend, pred.bfloat16(), target, 0.5, mask)
+    assert (loss.dtype, grad.dtype, grad_target.dtype) == (torch.float32, torch.bfloat16, torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_never_waits_for_the_device(backend):
+    pred, target, mask = _inputs((512, 4), torch.float32, "cuda")
+    beta = torch.tensor(0.5, device="cuda")
+    _run(backend, pred, target, beta, mask)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        _run(backend, pred, target, beta, mask)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pred": torch.zeros(3, 5)}, r"pred must have shape \[\.\.\., 4\], got \[3, 5\]"),
+        ({"target": torch.zeros(2, 4)}, r"target must have pred's shape \[3, 4\], got \[2, 4\]"),
+        ({"pred": torch.zeros(3, 4, dtype=torch.int64)}, "pred must be float16"),
+        ({"mask": torch.ones(3)}, "mask must be bool"),
+        ({"mask": torch.ones(3, 4, dtype=torch.bool)}, r"mask must have shape \[3\]"),
+        ({"beta": torch.ones(1)}, "beta must be a 0-dim float tensor"),
+        ({"beta": -1.0}, "beta must be a finite number >= 0"),
+        ({"beta": torch.zeros((), device="meta")}, "beta must be on pred's device cpu"),
+    ],
+)
+def test_says_what_does_not_fit(change, message):
+    arguments = {"pred": torch.zeros(3, 4), "target": torch.zeros(3, 4), "beta": 1.0, "mask": None} | change
+    with pytest.raises(ValueError, match=message):
+        smooth_l1(**arguments)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this run interprets Triton already")
+def test_triton_kernels_in_the_interpreter():
+    """Triton reads TRITON_INTERPRET when it is imported, hence the process of its own."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "triton", "-p", "no:cacheprovider", __file__]
+    result = subprocess.run(
+        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    assert " passed" in result.stdout
