@@ -69,7 +69,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise ConfigError(f"config file {path}, line {line}: {reason}") from error
     config = values.get("config")
     if not isinstance(config, Config):
-        found = "none" if config is None else f"a {type(config).__name__}"
+        found = "none" if config is None else f"one of type {type(config).__name__}"
         raise ConfigError(f"config file {path} must define config = drcnn.config.Config(...), found {found}")
     return apply_overrides(config, overrides)
 

@@ -108,7 +108,7 @@ def write(tmp_path, text):
     ("text", "message"),
     [
         ("x = 1\n", r"experiment\.py must define config = drcnn\.config\.Config\(\.\.\.\), found none"),
-        ("config = 3\n", "found a int"),
+        ("config = 3\n", "found one of type int"),
         ("x = 1\ny = z\n", r"experiment\.py, line 2: NameError: name 'z'"),
         ("x = (\n", r"experiment\.py, line 1: SyntaxError"),
         ("from drcnn.engine.optim import OptimConfig\nOptimConfig(lr=0)\n", r"experiment\.py: optim\.lr must be"),
