@@ -115,9 +115,7 @@ def test_skipped_and_counted(broken, kind):
     whole = broken()
     change, _ = SKIPPABLE[kind]
     dataset = broken(change, skip=(kind,))
-    assert (
-        len(dataset.report) == 1 and "skipped 1 " in dataset.report[0] and f"[{kind}]" in dataset.report[0]
-    )
+    assert len(dataset.report) == 1 and "skipped 1 " in dataset.report[0] and f"[{kind}]" in dataset.report[0]
     lost_image = kind.endswith("-image") and kind != "unknown-image"
     assert len(dataset) == len(whole) - lost_image
     if not lost_image:

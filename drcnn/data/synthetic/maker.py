@@ -1,5 +1,6 @@
 """Writing the synthetic data set to disk in COCO format."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -112,7 +113,8 @@ def _install(building: Path, root: Path, wanted: str) -> bool:
     """Moves the finished folder to its place; another process may have been faster."""
     old = building.with_name(building.name + ".old")
     if _marker(root) not in (None, wanted):
-        os.rename(root, old)
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(root, old)
         shutil.rmtree(old, ignore_errors=True)
     try:
         os.rename(building, root)
