@@ -1,6 +1,7 @@
 """Batches."""
 
 import dataclasses
+import pickle
 import shutil
 
 import numpy as np
@@ -197,3 +198,14 @@ def test_missing_coco_says_where_to_get_it(tmp_path):
 def test_config_values_are_checked(tiny_data, field, value):
     with pytest.raises(ConfigError, match=f"data.{field}"):
         dataclasses.replace(tiny_data, **{field: value})
+
+
+def test_batches_move_and_loaders_can_be_sent_to_spawned_workers(tiny_data):
+    dataset = load_split(tiny_data, "val")
+    loader = eval_loader(dataset, tiny_data, batch_size=3)
+    moved = next(iter(loader)).to("meta")
+    assert moved.images.tensor.is_meta and moved.targets.valid.is_meta and moved.targets.masks is None
+    assert moved.indices.is_meta and moved.original_sizes.is_meta
+    examples, collate = pickle.loads(pickle.dumps((loader._loader.dataset, loader._loader.collate_fn)))
+    keys = loader._loader.batch_sampler[0]
+    assert same(collate([examples[key] for key in keys]), next(iter(loader)))
