@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
 
 from drcnn.errors import TrainingError
 
@@ -84,22 +86,25 @@ class Display:
         self._console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
         self._log = None if silent or log is None else log.open("a", encoding="utf-8")
         self._step_time: float | None = None
-        self._bar: Progress | None = None
+        self._live: Live | None = None
         if self._console.is_terminal and not silent:
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-            self._bar = Progress(*columns, TextColumn("{task.fields[text]}"), console=self._console)
+            self._bar = Progress(*columns, TextColumn("{task.fields[text]}"))
             self._train = self._bar.add_task("train", total=iterations, text="")
             self._eval = self._bar.add_task("eval", total=None, text="", visible=False)
+            self._values = Text()
+            below = Group(self._bar, self._values)
+            self._live = Live(below, console=self._console, refresh_per_second=2)
 
     def start(self) -> None:
         """Starts the live bar, if there is one."""
-        if self._bar is not None:
-            self._bar.start()
+        if self._live is not None:
+            self._live.start()
 
     def close(self) -> None:
         """Ends the live bar and closes ``log.txt``."""
-        if self._bar is not None:
-            self._bar.stop()
+        if self._live is not None:
+            self._live.stop()
         if self._log is not None:
             self._log.close()
             self._log = None
@@ -118,20 +123,21 @@ class Display:
                 Console(file=self._log, width=100, no_color=True).print(renderable)
 
     def step(self, record: dict[str, Any]) -> None:
-        """Shows a record of training; lines elsewhere than on a terminal, where the bar is updated."""
-        line = self._line(record)
+        """Shows a record of training: under the bar on a terminal, as a line elsewhere."""
         if self.silent:
             return
-        if self._bar is None:
+        values, speed = self._words(record)
+        line = "  ".join([f"step {record['step']}/{self.iterations}", *values, *speed])
+        if self._live is None:
             self.say(line)
             return
         self._keep(line)
-        text = line.partition("  ")[2]
-        self._bar.update(self._train, completed=record["step"], text=text)
+        self._bar.update(self._train, completed=record["step"], text="  ".join(speed))
+        self._values.plain = "  ".join(values)
 
     def evaluation(self, split: str, done: int, total: int) -> None:
         """Shows how far an evaluation is."""
-        if self._bar is not None:
+        if self._live is not None:
             going_on = done < total
             self._bar.update(
                 self._eval, description=f"eval {split}", completed=done, total=total, visible=going_on
@@ -142,21 +148,20 @@ class Display:
             self._log.write(line + "\n")
             self._log.flush()
 
-    def _line(self, record: dict[str, Any]) -> str:
-        parts = [f"step {record['step']}/{self.iterations}", f"loss {record['loss']:.4f}"]
+    def _words(self, record: dict[str, Any]) -> tuple[list[str], list[str]]:
+        """Writes the values of a record, and its speed, memory and time to the end."""
+        values = [f"loss {record['loss']:.4f}"]
         for name, value in record.items():
             if name not in HIDDEN and (value or name not in HIDDEN_ZEROS):
                 short = SHORT_NAMES.get(name, name.removeprefix("loss_"))
-                parts.append(f"{short} {value:.3f}")
+                values.append(f"{short} {value:.3f}")
+        values.append(f"lr {record['lr']:.3g}")
         seconds = record["time_per_step"]
         smooth = seconds if self._step_time is None else 0.7 * self._step_time + 0.3 * seconds
         self._step_time = smooth
-        parts.append(f"lr {record['lr']:.3g}")
-        parts.append(f"{1 / seconds:.2f} it/s" if seconds > 0 else "- it/s")
-        parts.append(f"data {record['data_time']:.3f} s")
-        parts.append(f"{record['memory_mb']:.0f} MB")
-        parts.append(f"ETA {format_time((self.iterations - record['step']) * smooth)}")
-        return "  ".join(parts)
+        left = format_time((self.iterations - record["step"]) * smooth)
+        speed = [f"{1 / seconds:.2f} it/s", f"data {record['data_time']:.3f} s"]
+        return values, [*speed, f"{record['memory_mb']:.0f} MB", f"ETA {left}"]
 
 
 def format_time(seconds: float) -> str:

@@ -106,8 +106,6 @@ class Trainer:
         self.metrics = MetricsFile(run / "metrics.jsonl", keep) if main else None
         self.recent: deque[tuple[int, Tensor]] = deque(maxlen=config.train.log_every)
 
-    # --- the loop ------------------------------------------------------------------------------------------
-
     def fit(self) -> dict[str, Metrics]:
         """Trains to the last iteration and evaluates; returns the metrics of each evaluated split.
 
@@ -192,8 +190,6 @@ class Trainer:
             self.window.add(self.step + 1, values, norm)
         else:
             self.window.add(self.step + 1, values | norm, {})
-
-    # --- events --------------------------------------------------------------------------------------------
 
     def log(self) -> None:
         """Reads the window, checks it, and writes one record."""
@@ -341,8 +337,6 @@ class Trainer:
         lines += summarize(self.config, self.model, splits, self.device, self.world_size)
         lines += [f"resumed after iteration {self.step}"] if self.step else []
         return lines + [f"changed, so the continuation is not bit-exact: {c}" for c in self.changes]
-
-    # --- state ---------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
         """Returns everything that a resumed run needs; see :mod:`drcnn.engine.checkpoint` for the keys."""

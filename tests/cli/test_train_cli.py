@@ -63,13 +63,22 @@ def test_dry_run_of_r101_2x(capsys, monkeypatch, tmp_path):
         (["--model.num-clases", "3"], "unknown flag --model.num-clases; did you mean --model.num-classes?"),
         (["--optim.lr", "fast"], "--optim.lr must be a number, got fast"),
         (["--dry-runs"], "unknown flag --dry-runs"),
-        (["--resume", "--overwrite"], "--resume continues a run and --overwrite deletes it; pass one of them"),
+        (
+            ["--resume", "--overwrite"],
+            "--resume continues a run and --overwrite deletes it; pass one of them",
+        ),
         (["--resume"], "there is nothing to resume"),
         (["--train.device", "toaster"], "there is no device 'toaster'; use auto, cpu, cuda or cuda:N"),
         (["--train.threads", "0"], "train.threads must be at least 1 or None, got 0"),
         (["--model.num-classes", "3"], "has 4 classes but the model has 3; pass --model.num-classes 4"),
-        (["--data.root", "nowhere"], "nowhere/annotations/instances_train.json not found: pass --data.root FOLDER"),
-        (["--model.backbone.frozen-stages", "9"], "the model cannot be built: frozen_stages must be 0 to 5, got 9"),
+        (
+            ["--data.root", "nowhere"],
+            "nowhere/annotations/instances_train.json not found: pass --data.root FOLDER",
+        ),
+        (
+            ["--model.backbone.frozen-stages", "9"],
+            "the model cannot be built: frozen_stages must be 0 to 5, got 9",
+        ),
     ],
 )
 def test_user_errors_are_one_line(tiny, tmp_path, capsys, flags, message):

@@ -60,7 +60,9 @@ def test_full_disk_is_one_line_and_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(TrainingError, match=r"last\.pt: No space left on device; the one written before is unt"):
+    with pytest.raises(
+        TrainingError, match=r"last\.pt: No space left on device; the one written before is unt"
+    ):
         save_checkpoint(path, make_state(step=2))
     assert load_checkpoint(path)["step"] == 1
 

@@ -80,7 +80,10 @@ def test_every_listed_flag_is_accepted_and_helped(config):
         (["--xyzzy", "0.1"], "unknown flag --xyzzy; --help lists the flags"),
         (["--data.synthetic.images", "3"], "the config file leaves its group at None"),
         (["--optim.lr", "fast"], "--optim.lr must be a number, got fast"),
-        (["--optim.lr", "0.1", "--optim.iterations", "2.5"], "--optim.iterations must be a whole number, got 2.5"),
+        (
+            ["--optim.lr", "0.1", "--optim.iterations", "2.5"],
+            "--optim.iterations must be a whole number, got 2.5",
+        ),
         (["--model.num_classes=x"], "--model.num_classes must be a whole number, got x"),
         (["--optim.lr"], "--optim.lr must be a number, got nothing"),
         (["--train.amp", "fp8"], "--train.amp must be one of off, bf16, fp16, got fp8"),
@@ -111,7 +114,10 @@ def write(tmp_path, text):
         ("config = 3\n", "found one of type int"),
         ("x = 1\ny = z\n", r"experiment\.py, line 2: NameError: name 'z'"),
         ("x = (\n", r"experiment\.py, line 1: SyntaxError"),
-        ("from drcnn.engine.optim import OptimConfig\nOptimConfig(lr=0)\n", r"experiment\.py: optim\.lr must be"),
+        (
+            "from drcnn.engine.optim import OptimConfig\nOptimConfig(lr=0)\n",
+            r"experiment\.py: optim\.lr must be",
+        ),
     ],
 )
 def test_bad_config_files_are_one_line(tmp_path, text, message):
@@ -125,7 +131,9 @@ def test_missing_config_file_names_the_nearest():
         load_config(CONFIGS[0].parent / "r50_fpm_1x.py")
 
 
-@pytest.mark.parametrize("kind", ["os.path", "subprocess.Popen", "drcnnx.Config", None, "drcnn.config.load_config"])
+@pytest.mark.parametrize(
+    "kind", ["os.path", "subprocess.Popen", "drcnnx.Config", None, "drcnn.config.load_config"]
+)
 def test_stored_types_from_elsewhere_are_refused(kind):
     with pytest.raises(ConfigError, match=r"not one of drcnn|not a config of drcnn"):
         from_dict({"_type": kind, "args": "true"})

@@ -1,5 +1,8 @@
+import io
 import json
 import math
+import re
+import sys
 
 import pytest
 import torch
@@ -87,3 +90,22 @@ def test_silent_display_says_nothing(tmp_path, capsys):
 def test_format_time():
     assert format_time(59.6) == "0:01:00"
     assert format_time(90061) == "1 d 1:01:01"
+
+
+def test_live_bar_on_a_terminal(tmp_path, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("COLUMNS", "100")
+    terminal = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    display = Display(tmp_path / "log.txt", iterations=40)
+    display.start()
+    record = {"step": 20, "lr": 0.01, "loss": 1.25, "beta": 0.875, "time_per_step": 0.5}
+    display.step(record | {"data_time": 0.01, "memory_mb": 100.0})
+    display.evaluation("val", 3, 6)
+    display.close()
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue())
+    last = shown[shown.rindex("train ") :]
+    for part in ("20/40", "2.00 it/s", "ETA 0:00:10", "eval val", "3/6", "loss 1.2500  beta_now 0.875"):
+        assert part in last
+    assert (tmp_path / "log.txt").read_text().startswith("step 20/40  loss 1.2500")
