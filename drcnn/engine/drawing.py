@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 _MIN_SIDE = 480
 """Pictures whose longer side is below this are enlarged, so that text does not cover the objects."""
-_MAX_ENLARGEMENT = 8
+_MAX_ENLARGEMENT = 16
 _GOLDEN_RATIO = 0.618034
 
 

@@ -118,7 +118,10 @@ def evaluate(
     results = detect(
         model, dataset, data_config, device=device, batch_size=batch_size, amp=amp, progress=progress
     )
-    return evaluate_results(Path(dataset.annotation_file), results, dataset.image_ids), results
+    # What the data set was told to skip is not scored against either.
+    ids = dataset.annotation_ids.tolist()
+    file = Path(dataset.annotation_file)
+    return evaluate_results(file, results, dataset.image_ids.tolist(), annotation_ids=ids), results
 
 
 @torch.no_grad()

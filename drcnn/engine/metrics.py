@@ -95,6 +95,7 @@ def evaluate_results(
     results: list[dict] | str | os.PathLike,
     image_ids: Iterable[int] | None = None,
     iou_type: Literal["bbox", "segm"] = "bbox",
+    annotation_ids: Iterable[int] | None = None,
 ) -> Metrics:
     """Scores COCO-format results against COCO-format annotations.
 
@@ -103,6 +104,7 @@ def evaluate_results(
         results: list of results or the path of a json file that holds one; not changed.
         image_ids: images to score; all of the annotations' if None. Results on other images are ignored.
         iou_type: "bbox" for boxes, "segm" for masks as RLE.
+        annotation_ids: annotations to score against; all if None.
 
     Returns:
         The numbers; all zero (or undefined) when there are no results.
@@ -112,7 +114,7 @@ def evaluate_results(
             annotations do not hold; a result without a valid box, mask or score.
     """
     source = "the annotations" if isinstance(annotation_file, dict) else f"{annotation_file}"
-    truth = _ground_truth(_read_json(annotation_file, "annotations"), source)
+    truth = _ground_truth(_read_json(annotation_file, "annotations"), source, annotation_ids)
     known = set(truth.imgs)
     chosen = sorted(known if image_ids is None else {int(i) for i in image_ids})
     if unknown := [i for i in chosen if i not in known]:
@@ -181,13 +183,16 @@ def _read_json(source: list | dict | str | os.PathLike, what: str) -> object:
         raise DataError(f"{what} file {source} is not readable json: {error}") from None
 
 
-def _ground_truth(content: object, source: str) -> COCO:
+def _ground_truth(content: object, source: str, annotation_ids: Iterable[int] | None) -> COCO:
     """Indexes annotations in a form that the evaluator cannot misread."""
+    chosen = None if annotation_ids is None else {int(i) for i in annotation_ids}
     try:
         annotations = []
         # The evaluator marks "unmatched" by id 0, so a ground truth with id 0 would never count as
         # found: number them from 1. `area` and `iscrowd` are missing in many people's own files.
         for number, record in enumerate(content["annotations"], start=1):
+            if chosen is not None and record.get("id") not in chosen:
+                continue
             width, height = record["bbox"][2:]
             annotations.append(
                 {

@@ -118,8 +118,9 @@ def _body(tensors: dict[str, Tensor], source: str) -> dict[str, Tensor]:
 
 
 def _advice(report: LoadReport) -> str:
-    if any(name.endswith("running_mean") for name in report.unexpected):
+    statistics = ("running_mean", "running_var")
+    if report.unexpected and all(name.endswith(statistics) for name in report.unexpected):
         return "they were trained with batch norm: set model.backbone.norm to frozen_bn or bn, or use none"
-    if any(name.endswith("running_mean") for name in report.missing):
+    if report.missing and all(name.endswith(statistics) for name in report.missing):
         return "they were trained without batch norm: set model.backbone.norm to gn"
     return "check model.backbone.name"

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import warnings
 from pathlib import Path
 
 import torch
@@ -72,7 +73,10 @@ def plain_state_dict(content: object, source: str) -> dict[str, Tensor]:
 
 
 def _torch_load(path: Path) -> object:
-    return torch.load(path, map_location="cpu", weights_only=True)
+    with warnings.catch_warnings():
+        # About unusual pickle protocols: the file is then read, or refused with an error of its own.
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _is_safetensors(path: Path) -> bool:

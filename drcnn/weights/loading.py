@@ -14,6 +14,9 @@ from drcnn.weights.files import plain_state_dict, read_state_dict
 _COUNTER = "num_batches_tracked"
 """Batch norm's counter: frozen and group norm have none, and nothing that we compute reads it."""
 
+_LAST_LAYERS = ("box_head.classifier.", "box_head.deltas.")
+"""Those whose size is the number of classes."""
+
 
 @dataclass
 class LoadReport:
@@ -142,8 +145,7 @@ def copy_tensors(tensors: dict[str, Tensor], module: nn.Module) -> None:
 
 
 def _advice(report: LoadReport) -> str:
-    heads = ("class", "cls", "box_predictor", "bbox")
-    if report.misshaped and all(any(part in name for part in heads) for name in report.misshaped):
+    if report.misshaped and all(name.startswith(_LAST_LAYERS) for name in report.misshaped):
         return "they were trained for another number of classes: set model.num_classes, or load partially"
     if report.misshaped:
         return "the sizes or the depth differ: use the config that they were trained with"

@@ -213,6 +213,15 @@ def test_unreadable_files_are_named_in_one_line(content, tmp_path):
         assert "\n" not in str(caught.value)
 
 
+def test_annotations_that_are_left_out_do_not_count():
+    content = truth((1, 1, [0, 0, 40, 40]), (1, 1, [100, 50, 40, 40]))
+    del content["annotations"][1]["bbox"]
+    results = [found(1, 1, [0, 0, 40, 40], 0.9)]
+    assert evaluate_results(content, results, annotation_ids=[1]).summary["AP"] == pytest.approx(1.0)
+    with pytest.raises(DataError, match="bbox"):
+        evaluate_results(content, results)
+
+
 def test_unknown_image_to_evaluate():
     with pytest.raises(DataError, match="image id 5"):
         evaluate_results(truth((1, 1, [0, 0, 40, 40])), [], image_ids=[1, 5])
