@@ -2,9 +2,13 @@
 
 from drcnn import presets
 from drcnn.config import Config
+from drcnn.dynamics import DynamicTrainingConfig
+
+# Few objects and few iterations: lower ranks and a shorter window than the paper's, so that T and beta move.
+training = DynamicTrainingConfig(iou_top_k=20, error_top_k=3, window=25)
 
 config = Config(
-    model=presets.dynamic(presets.light_faster_rcnn(num_classes=4)),
+    model=presets.dynamic(presets.light_faster_rcnn(num_classes=4), training),
     data=presets.synthetic_shapes("data/quickstart"),
     optim=presets.short_schedule(300),
 )

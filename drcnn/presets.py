@@ -53,13 +53,17 @@ def light_faster_rcnn(num_classes: int) -> FasterRCNNConfig:
     )
 
 
-def dynamic(detector: FasterRCNNConfig) -> FasterRCNNConfig:
+def dynamic(
+    detector: FasterRCNNConfig, training: DynamicTrainingConfig | None = None
+) -> FasterRCNNConfig:
     """Turns Faster R-CNN into Dynamic R-CNN: DLA, DSL, and an RPN NMS of 0.85 so that more good proposals stay.
 
     Args:
         detector: the Faster R-CNN.
+        training: the policy. Default: the paper's.
     """
-    return replace(detector, training=DynamicTrainingConfig(), rpn=replace(detector.rpn, nms=0.85))
+    training = training or DynamicTrainingConfig.paper()
+    return replace(detector, training=training, rpn=replace(detector.rpn, nms=0.85))
 
 
 def coco(root: str = "data/coco") -> DataConfig:
