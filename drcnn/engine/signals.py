@@ -1,6 +1,5 @@
 """Stopping a run in order: Ctrl-C and SIGTERM ask, the loop finishes its iteration, saves and leaves."""
 
-import os
 import signal
 import threading
 from types import FrameType
@@ -25,7 +24,6 @@ class StopRequest:
     def __init__(self) -> None:
         """Starts with no request; nothing is caught before the block is entered."""
         self.signal = 0
-        self._process = os.getpid()
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -41,12 +39,14 @@ class StopRequest:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _record(self, number: int, frame: FrameType | None) -> None:
-        # Forked loader workers inherit this handler. A terminal sends Ctrl-C to them too: they let the main
-        # process finish its iteration, and go when it shuts its loader down.
         repeated, self.signal = self.signal, number
         if repeated:
-            signal.signal(number, signal.SIG_DFL if self._process != os.getpid() else self._before[number])
+            signal.signal(number, self._before[number])  # type: ignore[arg-type]
             signal.raise_signal(number)
+        elif hasattr(signal, "SIGCHLD"):
+            # A signal to the whole process group ends the loader's workers as well. torch would raise that
+            # anywhere, such as half-way through the optimizer's step; the next fetch notices it anyway.
+            self._before.setdefault(signal.SIGCHLD, signal.signal(signal.SIGCHLD, lambda *_: None))
 
     @property
     def name(self) -> str:

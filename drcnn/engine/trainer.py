@@ -153,7 +153,11 @@ class Trainer:
     def fetch(self, batches: Iterator[Batch]) -> Batch:
         """Takes the next batch to the device and seeds the iteration."""
         start = time.perf_counter()
-        batch = next(batches)
+        try:
+            batch = next(batches)
+        except (RuntimeError, OSError):
+            self.stop_if_asked()  # the signal that asks to stop may have ended the loader's workers
+            raise
         self.data_time += time.perf_counter() - start
         self.timed_steps += 1
         self.recent.append((self.step + 1, batch.indices))

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -153,6 +155,25 @@ def test_stop_saves_and_resume_continues(unbroken, tmp_path, monkeypatch, capsys
     assert [r["step"] for r in records(out)] == list(range(1, 21))
     assert losses(out) == losses(run)
     assert_same_weights(weights(out), weights(run))
+
+
+def test_signal_to_the_whole_process_group(unbroken, tmp_path):
+    """As a batch system sends it: the loader's workers get it too and die of it."""
+    path, run = unbroken
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "drcnn.train", path, "--out", str(out), "--data.workers", "2"]
+    command += ["--optim.iterations", "2000", "--optim.milestones", "14", "18", "--train.threads", "1"]
+    with subprocess.Popen(command, start_new_session=True, stdout=-1, stderr=-1, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("step 3/"):
+                os.killpg(process.pid, signal.SIGTERM)
+                break
+        _, error = process.communicate(timeout=120)
+    assert process.returncode == 143
+    assert error.startswith("stopped by SIGTERM after iteration ") and error.count("\n") == 1
+    step = load_checkpoint(out / "checkpoints" / "last.pt")["step"]
+    assert [r["step"] for r in records(out)] == list(range(1, step + 1))
+    assert losses(out)[3] == losses(run)[3]
 
 
 def test_resume_in_the_middle_of_a_log_window(unbroken, tmp_path, monkeypatch):
