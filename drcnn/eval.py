@@ -61,7 +61,9 @@ def main(argv: list[str]) -> int:
             raise ConfigError(f"{overrides[0]} has no meaning when a file of results is scored")
         return score_file(arguments)
     if not arguments.run:
-        raise ConfigError("no run given; pass a run folder, a checkpoint file, or --results and --annotations")
+        raise ConfigError(
+            "no run given; pass a run folder, a checkpoint file, or --results and --annotations"
+        )
     if arguments.batch_size < 1:
         raise ConfigError(f"--batch-size must be at least 1, got {arguments.batch_size}")
     file = find_checkpoint(arguments.run)
@@ -166,7 +168,9 @@ def write_json(folder: Path, name: str, content: object) -> Path:
     """Writes a json file, making its folder."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(json.dumps(content, indent=1 if isinstance(content, dict) else None) + "\n")
+        (folder / name).write_text(
+            json.dumps(content, indent=1 if isinstance(content, dict) else None) + "\n"
+        )
     except OSError as error:
         raise ConfigError(f"cannot write {folder / name}: {error.strerror}; pass another --out") from None
     return folder / name

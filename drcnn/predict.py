@@ -109,7 +109,9 @@ def _expand(text: str) -> list[Path]:
     return [p for p in map(Path, sorted(glob.glob(text, recursive=True))) if p.is_file()]
 
 
-def predict(predictor: Predictor, files: Sequence[Path], out: Path, arguments: PredictArguments) -> list[Path]:
+def predict(
+    predictor: Predictor, files: Sequence[Path], out: Path, arguments: PredictArguments
+) -> list[Path]:
     """Runs over the files, writes pictures and json files and returns the files that could not be read."""
     results: list[dict] = []
     images: list[dict] = []
@@ -137,8 +139,12 @@ def predict(predictor: Predictor, files: Sequence[Path], out: Path, arguments: P
         for number, name in zip(predictor.category_ids, predictor.categories, strict=True)
     ]
     (out / "results.json").write_text(json.dumps(results) + "\n")
-    (out / "images.json").write_text(json.dumps({"images": images, "categories": categories}, indent=1) + "\n")
-    print(f"{len(results)} objects in {len(images)} images; pictures, results.json and images.json are in {out}")
+    (out / "images.json").write_text(
+        json.dumps({"images": images, "categories": categories}, indent=1) + "\n"
+    )
+    print(
+        f"{len(results)} objects in {len(images)} images; pictures, results.json and images.json are in {out}"
+    )
     return broken
 
 

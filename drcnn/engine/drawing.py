@@ -63,7 +63,7 @@ def _margin(font: ImageFont.FreeTypeFont) -> int:
 
 def _corners(box: np.ndarray, size: tuple[int, int], line: int) -> tuple[int, int, int, int]:
     """Whole pixels inside the picture, wide enough for the line; NaN-free even for odd boxes."""
-    x1, y1, x2, y2 = (int(round(float(v))) for v in np.nan_to_num(box))
+    x1, y1, x2, y2 = (round(float(v)) for v in np.nan_to_num(box))
     x1, y1 = min(max(x1, 0), size[0] - 1), min(max(y1, 0), size[1] - 1)
     x2 = min(max(x2, x1 + line), max(size[0] - 1, x1))
     y2 = min(max(y2, y1 + line), max(size[1] - 1, y1))

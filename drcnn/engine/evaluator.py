@@ -137,9 +137,7 @@ def detect(
 ) -> list[dict]:
     """Runs a detector over a data set, shared among the ranks; see :func:`evaluate`."""
     device = torch.device(device)
-    loader = eval_loader(
-        dataset, data_config, batch_size=batch_size, rank=rank(), world_size=world_size()
-    )
+    loader = eval_loader(dataset, data_config, batch_size=batch_size, rank=rank(), world_size=world_size())
     total = len(range(rank(), len(dataset), world_size()))
     dtype = AMP_TYPES[amp]
     by_image: dict[int, list[dict]] = {}

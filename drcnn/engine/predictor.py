@@ -237,7 +237,8 @@ def _to_array(source: ImageLike) -> np.ndarray:
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or not source.size:
             raise DataError(
-                f"an image array must be uint8 RGB of shape [H, W, 3], got {source.dtype} {list(source.shape)}"
+                f"an image array must be uint8 RGB of shape [H, W, 3], "
+                f"got {source.dtype} {list(source.shape)}"
             )
         return np.require(source, requirements=["C", "W"])
     raise DataError(

@@ -23,7 +23,9 @@ _ARCHITECTURES = {
 }
 _PREFIXES = ("", "backbone.body.", "backbone.", "body.")
 """Where a classifier, torchvision's detectors, ours, and torchvision's backbones keep the body."""
-_ALTERNATIVE = "give a local file (--model.backbone.weights PATH) or start from none (--model.backbone.weights none)"
+_ALTERNATIVE = (
+    "give a local file (--model.backbone.weights PATH) or start from none (--model.backbone.weights none)"
+)
 _TIMEOUT = 30.0
 
 
@@ -57,7 +59,9 @@ def load_backbone_weights(backbone: nn.Module, name_or_path: str | os.PathLike) 
 
 def _is_path(name_or_path: str | os.PathLike) -> bool:
     text = os.fspath(name_or_path)
-    return not isinstance(name_or_path, str) or os.sep in text or "." in Path(text).name or os.path.exists(text)
+    return (
+        not isinstance(name_or_path, str) or os.sep in text or "." in Path(text).name or os.path.exists(text)
+    )
 
 
 def _named_weights(backbone: nn.Module, name: str) -> WeightsEnum:

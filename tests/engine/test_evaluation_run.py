@@ -63,7 +63,9 @@ def test_a_split_without_annotations_cannot_be_evaluated(tiny_data, tiny_coco, t
 
     config = replace(
         tiny_data,
-        val=replace(tiny_data.val, images=str(tiny_coco / "images/val"), annotations=str(tmp_path / "val.json")),
+        val=replace(
+            tiny_data.val, images=str(tiny_coco / "images/val"), annotations=str(tmp_path / "val.json")
+        ),
     )
     with pytest.raises(DataError, match="no annotations"):
         evaluate(nn.Identity(), load_split(config, "val"), config, device="cpu")

@@ -83,9 +83,7 @@ def ours(oracle: nn.Module, detections: int) -> nn.Module:
     config = FasterRCNNConfig(
         num_classes=CLASSES,
         backbone=ResNetConfig(name="resnet50"),
-        rpn=RPNConfig(
-            anchors=AnchorConfig(rounded=True), nms=0.7, test_pre_nms=1000, test_post_nms=1000
-        ),
+        rpn=RPNConfig(anchors=AnchorConfig(rounded=True), nms=0.7, test_pre_nms=1000, test_post_nms=1000),
         box_head=BoxHeadConfig(sampling_ratio=2, aligned=False, detections=detections),
         pixel_mean=tuple(255 * v for v in MEAN),
         pixel_std=tuple(255 * v for v in STD),
@@ -109,7 +107,9 @@ def synthetic_images() -> list[torch.Tensor]:
     images = []
     for height, width in ((190, 253), (221, 170)):
         coarse = torch.rand(1, 3, height // 10, width // 10, generator=generator) * 255
-        images.append(nn.functional.interpolate(coarse, (height, width), mode="bicubic")[0].clamp(0, 255).byte())
+        images.append(
+            nn.functional.interpolate(coarse, (height, width), mode="bicubic")[0].clamp(0, 255).byte()
+        )
     return images
 
 

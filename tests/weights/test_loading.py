@@ -98,7 +98,9 @@ class Evil:
         return (open, (str(self.path), "w"))
 
 
-@pytest.mark.parametrize("content", ["pickle", "torch", "text", "empty", "torn", "header", "nothing", "folder"])
+@pytest.mark.parametrize(
+    "content", ["pickle", "torch", "text", "empty", "torn", "header", "nothing", "folder"]
+)
 def test_bad_files_are_named_in_one_line_and_run_nothing(content, tmp_path):
     path, made = tmp_path / "weights.pth", tmp_path / "made"
     if content == "pickle":
@@ -173,7 +175,9 @@ def test_a_backbone_from_a_classifier_or_a_detector(prefix, tmp_path):
     torch.manual_seed(3)
     state = torchvision.models.resnet18(weights=None).state_dict()
     others = {"rpn.conv.weight": torch.zeros(1)} if prefix else {}
-    torch.save({f"{prefix}{name}": tensor for name, tensor in state.items()} | others, tmp_path / "resnet.pth")
+    torch.save(
+        {f"{prefix}{name}": tensor for name, tensor in state.items()} | others, tmp_path / "resnet.pth"
+    )
     backbone = resnet18()
     report = load_backbone_weights(backbone, tmp_path / "resnet.pth")
     assert report.complete
