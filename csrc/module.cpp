@@ -9,6 +9,8 @@
 #include <string>
 #include <vector>
 
+#include "build_info.h"
+
 namespace py = pybind11;
 
 namespace {

@@ -100,7 +100,8 @@ def _load_native_library() -> str | None:
         build = importlib.import_module("drcnn._C").build_info()
         torch.ops.load_library(build["library"])
     except (ImportError, OSError, KeyError) as error:
-        return f"the native library does not load: {error}; run `pip install -e .` again"
+        cause = f"{error} ({error.__cause__})" if error.__cause__ else error
+        return f"the native library does not load: {cause}; run `pip install -e .` again"
     return None
 
 
