@@ -58,9 +58,7 @@ class TorchvisionDetector(nn.Module):
     def forward(self, images: ImageBatch, targets: Targets | None = None) -> dict[str, Tensor] | Detections:
         """Computes losses or detections, as our detectors do; the background is class 0 inside."""
         pixels = images.tensor.float() / 255
-        listed = [
-            image[:, :h, :w] for image, (h, w) in zip(pixels, images.sizes.tolist(), strict=True)
-        ]
+        listed = [image[:, :h, :w] for image, (h, w) in zip(pixels, images.sizes.tolist(), strict=True)]
         if not self.training:
             return _pad(self.detector(listed))
         wanted = [
@@ -84,7 +82,10 @@ def _backbone(config: FasterRCNNConfig) -> nn.Module:
 def _pad(outputs: list[dict[str, Tensor]]) -> Detections:
     slots = max(1, *(len(output["scores"]) for output in outputs))
     boxes, scores = torch.zeros(len(outputs), slots, 4), torch.zeros(len(outputs), slots)
-    labels, valid = torch.zeros(len(outputs), slots, dtype=torch.int64), torch.zeros(len(outputs), slots).bool()
+    labels, valid = (
+        torch.zeros(len(outputs), slots, dtype=torch.int64),
+        torch.zeros(len(outputs), slots).bool(),
+    )
     for i, output in enumerate(outputs):
         count = len(output["scores"])
         boxes[i, :count], scores[i, :count] = output["boxes"], output["scores"]
@@ -100,7 +101,9 @@ def main() -> None:
     dataset = load_split(config.data, "train")
     optimizer = build_optimizer(config.optim, model, config.data.batch_size)
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"torchvision Faster R-CNN, {config.model.backbone.name}, {parameters:.2f} M parameters", flush=True)
+    print(
+        f"torchvision Faster R-CNN, {config.model.backbone.name}, {parameters:.2f} M parameters", flush=True
+    )
     loader = train_loader(
         dataset, config.data, seed=config.train.seed, start_step=0, num_steps=config.optim.iterations
     )
@@ -118,10 +121,18 @@ def main() -> None:
         start = time.perf_counter()
         if (step + 1) % 20 == 0:
             pace = statistics.fmean(seconds[-20:])
-            print(f"step {step + 1}/{config.optim.iterations}  loss {loss.item():.4f}  {pace:.3f} s/it", flush=True)
+            print(
+                f"step {step + 1}/{config.optim.iterations}  loss {loss.item():.4f}  {pace:.3f} s/it",
+                flush=True,
+            )
     split = "test" if config.data.test is not None else "val"
     metrics, _ = evaluate(
-        model, load_split(config.data, split), config.data, device=torch.device("cpu"), batch_size=4, amp="off"
+        model,
+        load_split(config.data, split),
+        config.data,
+        device=torch.device("cpu"),
+        batch_size=4,
+        amp="off",
     )
     print(json.dumps({"split": split, "seconds_per_iteration": statistics.fmean(seconds), **metrics.summary}))
 

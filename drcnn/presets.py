@@ -53,10 +53,8 @@ def light_faster_rcnn(num_classes: int) -> FasterRCNNConfig:
     )
 
 
-def dynamic(
-    detector: FasterRCNNConfig, training: DynamicTrainingConfig | None = None
-) -> FasterRCNNConfig:
-    """Turns Faster R-CNN into Dynamic R-CNN: DLA, DSL, and an RPN NMS of 0.85 so that more good proposals stay.
+def dynamic(detector: FasterRCNNConfig, training: DynamicTrainingConfig | None = None) -> FasterRCNNConfig:
+    """Turns Faster R-CNN into Dynamic R-CNN: DLA, DSL, and RPN NMS 0.85, which keeps more good proposals.
 
     Args:
         detector: the Faster R-CNN.

@@ -70,7 +70,9 @@ def test_imports_run_one_way():
 
 
 def test_the_search_for_imports_finds_them():
-    tree = ast.parse("from drcnn.engine.trainer import Trainer\nimport drcnn.models\nfrom drcnn import presets")
+    tree = ast.parse(
+        "from drcnn.engine.trainer import Trainer\nimport drcnn.models\nfrom drcnn import presets"
+    )
     assert [name for _, name in imported_layers(tree)] == ["engine", "models", "presets"]
 
 

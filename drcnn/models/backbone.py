@@ -20,7 +20,7 @@ class ResNetConfig:
     name: ResNetName = "resnet50"
     """Which torchvision model."""
     weights: str = "none"
-    """`none`, the name of torchvision weights such as IMAGENET1K_V1, or the path of a file. Read by training only."""
+    """`none`, torchvision weights such as IMAGENET1K_V1, or the path of a file; read when training starts."""
     norm: Norm = "frozen_bn"
     """Normalization: fixed batch statistics, trained batch norm, or group norm (32 groups)."""
     frozen_stages: int = 2
@@ -59,11 +59,14 @@ class ResNet(nn.Module):
         super().__init__()
         if not 0 <= config.frozen_stages <= 5:
             raise ValueError(f"frozen_stages must be 0 to 5, got {config.frozen_stages}")
-        body = torchvision.models.get_model(
-            config.name, weights=None, norm_layer=norm_layer(config.norm)
-        )
+        body = torchvision.models.get_model(config.name, weights=None, norm_layer=norm_layer(config.norm))
         self.conv1, self.bn1, self.relu, self.maxpool = body.conv1, body.bn1, body.relu, body.maxpool
-        self.layer1, self.layer2, self.layer3, self.layer4 = body.layer1, body.layer2, body.layer3, body.layer4
+        self.layer1, self.layer2, self.layer3, self.layer4 = (
+            body.layer1,
+            body.layer2,
+            body.layer3,
+            body.layer4,
+        )
         self.channels = tuple(body.fc.in_features >> shift for shift in (3, 2, 1, 0))
         self.strides = (4, 8, 16, 32)
         stem = nn.ModuleList([self.conv1, self.bn1])

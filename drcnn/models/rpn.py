@@ -65,7 +65,7 @@ class RPN(nn.Module):
         super().__init__()
         if len(config.anchors.sizes) != len(strides):
             raise ValueError(
-                f"anchors.sizes must have one size for each of {len(strides)} levels, got {config.anchors.sizes}"
+                f"anchors.sizes must have one for each of {len(strides)} levels, got {config.anchors.sizes}"
             )
         self.config = config
         self.strides = tuple(strides)
@@ -98,7 +98,11 @@ class RPN(nn.Module):
             proposals, valid = self._propose(logits, deltas, anchors, images.sizes)
         if targets is None:
             return proposals, valid, {}
-        return proposals, valid, self._losses(torch.cat(logits, 1), torch.cat(deltas, 1), torch.cat(anchors), targets)
+        return (
+            proposals,
+            valid,
+            self._losses(torch.cat(logits, 1), torch.cat(deltas, 1), torch.cat(anchors), targets),
+        )
 
     def _predict(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Returns logits [B, N_l], deltas [B, N_l, 4] and anchors [N_l, 4] of each level."""

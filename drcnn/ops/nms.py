@@ -117,7 +117,7 @@ def nms_reference(
 def nms_torchvision(
     boxes: Tensor, scores: Tensor, groups: Tensor, valid: Tensor, iou_threshold: float, slots: int
 ) -> tuple[Tensor, Tensor]:
-    """torchvision's CPU kernel for each image and group; for CPU tensors only, where shapes cost no wait."""
+    """Torchvision's CPU kernel for each image and group; for CPU tensors only, where shapes cost no wait."""
     index = boxes.new_zeros((boxes.shape[0], slots), dtype=torch.int64)
     kept = torch.zeros_like(index, dtype=torch.bool)
     for image in range(boxes.shape[0]):

@@ -34,7 +34,7 @@ def test_sampling_fills_fixed_slots(positives, negatives, expected):
 def test_sampling_is_uniform_and_follows_the_seed():
     positive = torch.arange(20).lt(10).expand(2000, 20)
     torch.manual_seed(0)
-    index, valid = sample_slots(positive, ~positive, slots=8, max_positive=4)
+    index, _valid = sample_slots(positive, ~positive, slots=8, max_positive=4)
     counts = torch.bincount(index.flatten(), minlength=20) / 2000
     torch.testing.assert_close(counts, torch.full((20,), 0.4), atol=0.05, rtol=0)
     torch.manual_seed(0)

@@ -46,13 +46,19 @@ def test_box_iou_is_differentiable():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: box_iou(torch.zeros(7, 5), torch.zeros(2, 4)), r"a must have shape \[B, N, 4\].*got \[7, 5\]"),
+        (
+            lambda: box_iou(torch.zeros(7, 5), torch.zeros(2, 4)),
+            r"a must have shape \[B, N, 4\].*got \[7, 5\]",
+        ),
         (lambda: box_iou(torch.zeros(7, 4), torch.zeros(1, 2, 4)), "both be batched"),
         (lambda: box_iou(torch.zeros(7, 4), torch.zeros(2, 4), "diou"), "kind must be"),
         (lambda: box_iou(torch.zeros(7, 4).long(), torch.zeros(2, 4)), "floating point"),
         (lambda: match_boxes(torch.zeros(2, 7, 4), torch.zeros(3, 2, 4)), "same batch"),
         (lambda: match_boxes(torch.zeros(7, 4), torch.zeros(3, 4), torch.ones(2).bool()), "gt_valid"),
-        (lambda: topk_statistics(*[torch.zeros(2, 3)] * 2, *[torch.ones(2, 3).bool()] * 2, 0, 1), "at least 1"),
+        (
+            lambda: topk_statistics(*[torch.zeros(2, 3)] * 2, *[torch.ones(2, 3).bool()] * 2, 0, 1),
+            "at least 1",
+        ),
     ],
 )
 def test_wrong_shapes_are_named(call, message):
@@ -112,7 +118,9 @@ def test_match_boxes_without_ground_truths_or_boxes():
 
 def test_match_boxes_gives_ties_to_the_lowest_index():
     gt = torch.tensor([[0.0, 0, 10, 10]]).repeat(4, 1)
-    result = match_boxes(torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 5]]), gt, torch.tensor([False, True, True, True]))
+    result = match_boxes(
+        torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 5]]), gt, torch.tensor([False, True, True, True])
+    )
     assert result.gt_index.tolist() == [1, 1]
 
 
