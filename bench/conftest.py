@@ -1,11 +1,13 @@
 """``pytest bench/ --benchmark``: times each operator's implementations and prints one table.
 
 A row is kept only when the implementation agrees with the reference on the very inputs that are timed. The
-rows are printed with their speed-up over the eager reference, and appended to ``bench/results/<device>.csv``.
+rows are printed with their speed-up over the eager reference, and appended to ``bench/results/<device>.csv``
+(the folder in DRCNN_BENCH_RESULTS, if that is set).
 """
 
 import csv
 import datetime
+import os
 import platform
 import re
 import statistics
@@ -19,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("DRCNN_BENCH_RESULTS") or Path(__file__).parent / "results")
 ROUNDS = 30
 SECONDS_PER_ROW = 3.0
 SECONDS_PER_ROUND = 2e-3
@@ -253,7 +255,7 @@ def append(report: Report) -> list[Path]:
     for device in dict.fromkeys(row.device for row in report.rows):
         path = RESULTS / (re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".csv")
         is_new = not path.exists()
-        RESULTS.mkdir(exist_ok=True)
+        RESULTS.mkdir(parents=True, exist_ok=True)
         with path.open("a", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             if is_new:
