@@ -1,5 +1,6 @@
 """The synthetic data set maker."""
 
+import colorsys
 import dataclasses
 import json
 import subprocess
@@ -79,15 +80,20 @@ def test_boxes_and_areas_are_those_of_the_masks(tiny_coco):
     assert max(c.max() for c in covered.values()) == 1  # only the visible part of a shape is its mask
 
 
-def test_shapes_are_textured(tiny_coco):
+def test_shapes_are_textured_and_have_the_hue_of_their_class(tiny_coco):
     mask_api = pytest.importorskip("pycocotools.mask")
     content = json.loads((tiny_coco / "annotations/instances_train.json").read_text())
     names = {image["id"]: image["file_name"] for image in content["images"]}
     for annotation in content["annotations"]:
         image = load_image(tiny_coco / "images/train" / names[annotation["image_id"]]).astype(float)
-        size = image.shape[:2]
-        mask = mask_api.decode(mask_api.frPyObjects(annotation["segmentation"], *size)).astype(bool)
-        assert 3 < image[mask].std(axis=0).mean() < 60  # textured
+        mask = mask_api.decode(mask_api.frPyObjects(annotation["segmentation"], *image.shape[:2])).astype(
+            bool
+        )
+        pixels = image[mask]
+        assert 3 < pixels.std(axis=0).mean() < 60
+        hue = colorsys.rgb_to_hsv(*pixels.mean(axis=0) / 255)[0]
+        away = abs(hue - (annotation["category_id"] - 1) / 4) * 360
+        assert min(away, 360 - away) < 45  # 30 degrees and what the border and JPEG mix in
 
 
 def test_every_coco_size_range_occurs(tmp_path):
@@ -99,7 +105,15 @@ def test_every_coco_size_range_occurs(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"classes": ("blob",)}, {"classes": ()}, {"size": (9, 5)}, {"objects": (-1, 2)}, {"seed": -1}]
+    "wrong",
+    [
+        {"classes": ("blob",)},
+        {"classes": ()},
+        {"size": (9, 5)},
+        {"objects": (-1, 2)},
+        {"seed": -1},
+        {"hue_spread": 200},
+    ],
 )
 def test_settings_are_checked(wrong):
     with pytest.raises(ConfigError, match=f"synthetic.{next(iter(wrong))}"):

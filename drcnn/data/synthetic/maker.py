@@ -15,7 +15,7 @@ from drcnn.data.synthetic.shapes import SHAPES, Drawn, draw_image
 from drcnn.errors import ConfigError, DataError
 
 _MARKER = "synthetic.json"
-_FORMAT = 1  # raise when the same settings give other data, so that old folders are made anew
+_FORMAT = 2  # raise when the same settings give other data, so that old folders are made anew
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class SyntheticConfig:
     """Shapes to draw, out of circle, square, triangle, star, ring, cross and hexagon."""
     objects: tuple[int, int] = (1, 6)
     """Least and greatest number of objects in an image."""
+    hue_spread: float = 30.0
+    """Each class has a hue; objects differ from it by up to so many degrees. 180: colour says nothing."""
     format: str = "jpg"
     """File format of the images: jpg or png."""
     seed: int = 0
@@ -57,6 +59,8 @@ class SyntheticConfig:
         for name, (low, high), least in (("size", self.size, 32), ("objects", self.objects, 0)):
             if not least <= low <= high:
                 raise ConfigError(f"synthetic.{name} must be a range from at least {least}, got {low} {high}")
+        if not 0 <= self.hue_spread <= 180:
+            raise ConfigError(f"synthetic.hue_spread is between 0 and 180 degrees, got {self.hue_spread}")
         for name in ("images", "val_images", "test_images", "seed"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"synthetic.{name} must not be negative, got {getattr(self, name)}")
@@ -134,7 +138,7 @@ def _write_split(root: Path, split: str, number: int, count: int, config: Synthe
         generator = np.random.default_rng([config.seed, number, i])
         height, width = (int(n) for n in generator.integers(config.size[0], config.size[1] + 1, 2))
         wanted = int(generator.integers(config.objects[0], config.objects[1] + 1))
-        picture, objects = draw_image(height, width, config.classes, wanted, generator)
+        picture, objects = draw_image(height, width, config.classes, wanted, config.hue_spread, generator)
         name = f"{i + 1:06d}.{config.format}"
         Image.fromarray(picture).save(folder / name, **({"quality": 92} if config.format == "jpg" else {}))
         images.append({"id": i + 1, "file_name": name, "height": height, "width": width})

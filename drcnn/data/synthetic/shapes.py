@@ -1,5 +1,6 @@
 """Drawing of one synthetic image: a textured background and textured shapes that overlap a little."""
 
+import colorsys
 import math
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ from PIL import Image, ImageDraw
 
 _SUPERSAMPLE = 3
 _PLACEMENT_TRIES = 12
+_COLOUR_TRIES = 8
 _MIN_CONTRAST = 60.0  # distance in RGB between a shape and the background
 _MIN_VISIBLE = 0.6  # share of a shape that later shapes must leave visible
 _SMALLEST, _MIDDLE, _LARGEST = 18.0, 36.0, 0.85  # px, px, share of the shorter image side
@@ -50,7 +52,12 @@ class Drawn(NamedTuple):
 
 
 def draw_image(
-    height: int, width: int, classes: tuple[str, ...], num_objects: int, generator: np.random.Generator
+    height: int,
+    width: int,
+    classes: tuple[str, ...],
+    num_objects: int,
+    hue_spread: float,
+    generator: np.random.Generator,
 ) -> tuple[np.ndarray, list[Drawn]]:
     """Draws a background and up to ``num_objects`` shapes; later shapes hide parts of earlier ones.
 
@@ -59,6 +66,7 @@ def draw_image(
         width (int): pixels.
         classes (tuple[str, ...]): names out of ``SHAPES``; labels are their places.
         num_objects (int): how many to try; one that finds no place is left out, but the first.
+        hue_spread (float): greatest distance in degrees of an object's hue from that of its class.
         generator (np.random.Generator): the only source of randomness.
 
     Returns:
@@ -73,7 +81,7 @@ def draw_image(
         if placed is None:
             continue
         alpha, mask = placed
-        _paint(canvas, alpha, mask, generator)
+        _paint(canvas, alpha, mask, label / len(classes), hue_spread, generator)
         objects = [Drawn(o.label, o.mask & ~mask) for o in objects]
         objects.append(Drawn(label, mask))
         full_areas.append(int(mask.sum()))
@@ -82,7 +90,8 @@ def draw_image(
 
 def _background(height: int, width: int, generator: np.random.Generator) -> np.ndarray:
     """A colour gradient, soft blotches and fine noise, float32 [H, W, 3]."""
-    corners = generator.uniform(40, 215, (2, 2, 3)) * 0.5 + generator.uniform(40, 215, 3) * 0.5
+    grey = generator.uniform(40, 215, (2, 2, 1)) * 0.5 + generator.uniform(40, 215) * 0.5
+    corners = grey + generator.uniform(-30, 30, (2, 2, 3))  # dull, where the shapes are vivid
     rows, columns = np.linspace(0, 1, height)[:, None, None], np.linspace(0, 1, width)[None, :, None]
     upper = corners[0, 0] * (1 - columns) + corners[0, 1] * columns
     lower = corners[1, 0] * (1 - columns) + corners[1, 1] * columns
@@ -159,12 +168,30 @@ def _shape_alpha(
     return alpha
 
 
-def _paint(canvas: np.ndarray, alpha: np.ndarray, mask: np.ndarray, generator: np.random.Generator) -> None:
+def _colour(hue: float, spread: float, under: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Draws a colour with a hue near ``hue`` (in turns) that stands out from the background ``under``."""
+    best = np.zeros(3)
+    for _ in range(_COLOUR_TRIES):
+        turned = hue + generator.uniform(-spread, spread) / 360
+        vivid, bright = generator.uniform(0.5, 1.0), generator.uniform(0.45, 1.0)
+        colour = 255 * np.array(colorsys.hsv_to_rgb(turned % 1.0, vivid, bright))
+        if np.linalg.norm(colour - under) >= np.linalg.norm(best - under) or not best.any():
+            best = colour
+        if np.linalg.norm(best - under) >= _MIN_CONTRAST:
+            break
+    return best
+
+
+def _paint(
+    canvas: np.ndarray,
+    alpha: np.ndarray,
+    mask: np.ndarray,
+    hue: float,
+    hue_spread: float,
+    generator: np.random.Generator,
+) -> None:
     """Blends a shape into ``canvas``: a colour unlike the background, striped and noisy."""
-    under = canvas[mask].mean(axis=0)
-    colour = generator.uniform(10, 245, 3)
-    while np.linalg.norm(colour - under) < _MIN_CONTRAST:
-        colour = generator.uniform(10, 245, 3)
+    colour = _colour(hue, hue_spread, canvas[mask].mean(axis=0), generator)
     rows, columns = np.flatnonzero(alpha.any(axis=1)), np.flatnonzero(alpha.any(axis=0))
     region = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     cover = alpha[region]
