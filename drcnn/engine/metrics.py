@@ -226,11 +226,14 @@ def _checked_results(
         problem = _problem(record, truth, source, iou_type)
         if problem:
             raise DataError(f"{where}: detection {number} {problem}")
-        # With a box present the evaluator would take the box's area for the mask's.
-        unused = ("bbox",) if iou_type == "segm" else ("segmentation",)
-        copied = {key: value for key, value in record.items() if key not in unused}
-        if iou_type == "segm" and isinstance(record["segmentation"]["counts"], list):
-            copied["segmentation"] = rle.frPyObjects(record["segmentation"], *record["segmentation"]["size"])
+        copied = dict(record)
+        if iou_type == "bbox":
+            copied["segmentation"] = ()  # without one the library makes a polygon of each box
+        else:
+            copied.pop("bbox", None)  # with one the library takes the box's area for the mask's
+            if isinstance(record["segmentation"]["counts"], list):
+                mask = record["segmentation"]
+                copied["segmentation"] = rle.frPyObjects(mask, *mask["size"])
         checked.append(copied)
     return checked
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 
 import numpy as np
@@ -247,3 +248,34 @@ def test_to_coco_results_scales_each_axis_and_clips():
 
 def test_scale_boxes_of_an_empty_batch_slot():
     assert scale_boxes(torch.zeros(2, 0, 4), torch.ones(2, 2), torch.ones(2, 2)).shape == (2, 0, 4)
+
+
+def test_the_size_of_a_mask_is_not_that_of_its_box():
+    # An L of 60 x 60 px, 20 px thick: area 2000 is medium; an unmatched one of area 400 in a box of 10000.
+    def rle(*rectangles):
+        mask = np.zeros((200, 200), np.uint8, order="F")
+        for x, y, width, height in rectangles:
+            mask[y : y + height, x : x + width] = 1
+        counts, last = [], 0
+        for value, run in ((v, len(list(g))) for v, g in itertools.groupby(mask.ravel(order="F"))):
+            if not counts and value == 1:
+                counts.append(0)
+            counts.append(run)
+            last = value
+        assert last == 0
+        return {"size": [200, 200], "counts": counts}, int(mask.sum())
+
+    mask, area = rle((0, 0, 20, 60), (0, 40, 60, 20))
+    thin, _ = rle((80, 80, 100, 2), (80, 80, 2, 100))
+    content = truth((1, 1, [0, 0, 60, 60]), sizes=((200, 200),))
+    content["annotations"][0] |= {"segmentation": mask, "area": area}
+    results = [
+        found(1, 1, [0, 0, 60, 60], 0.5) | {"segmentation": mask},
+        # By its box this would be large, and count as false among the large; by its mask it is small.
+        found(1, 1, [80, 80, 100, 100], 0.9) | {"segmentation": thin},
+    ]
+    metrics = evaluate_results(content, results, iou_type="segm")
+    assert metrics.summary["APm"] == pytest.approx(1.0)
+    assert metrics.summary["AP"] == pytest.approx(0.5)
+    with_box_area = [results[0], results[1] | {"bbox": [0, 0, 40, 40]}]
+    assert evaluate_results(content, with_box_area, iou_type="segm").summary == metrics.summary

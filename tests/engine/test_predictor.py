@@ -233,8 +233,10 @@ def test_load_names_what_does_not_fit(run_folder):
 
 
 def test_import_is_light():
-    code = "import sys, drcnn; print(drcnn.__version__, 'torch' in sys.modules); drcnn.ImageBatch; drcnn.load"
+    code = "import sys, drcnn; print(drcnn.__version__, 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == [drcnn.__version__, "False"]
+    for name in drcnn.__all__:
+        assert name in dir(drcnn) and getattr(drcnn, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'loaf'"):
         drcnn.loaf  # noqa: B018
