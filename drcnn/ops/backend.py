@@ -93,8 +93,8 @@ def _load_native_library() -> str | None:
     """Loads the operator library and returns why that failed, or None."""
     if importlib.util.find_spec("drcnn._C") is None:
         return (
-            "drcnn._C was not built (there was no C++ compiler when drcnn was installed, or this is a source "
-            "tree that was not installed); install a C++20 compiler and run `pip install -e .` again"
+            "drcnn._C was not built (at installation there was no C++ compiler or DRCNN_NATIVE=0, or "
+            "this source tree was never installed); install a C++20 compiler and run `pip install -e .` again"
         )
     try:
         build = importlib.import_module("drcnn._C").build_info()
