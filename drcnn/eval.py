@@ -5,11 +5,11 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from rich.console import Console
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from drcnn.arguments import parse
 from drcnn.command import command
@@ -34,7 +34,7 @@ DESCRIPTION = (
 class EvalArguments:
     """Flags of the verb."""
 
-    run: Positional[str] = ""
+    run: Positional[Annotated[str, arg(metavar="RUN")]] = ""
     """Run folder (its best checkpoint, else its last) or checkpoint file."""
     split: Literal["val", "test", "train"] = "val"
     """Split of the data to evaluate on."""

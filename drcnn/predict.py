@@ -11,10 +11,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from drcnn.arguments import parse
 from drcnn.command import command, one_line
@@ -37,9 +38,9 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 class PredictArguments:
     """Flags of the verb."""
 
-    run: Positional[str]
+    run: Positional[Annotated[str, arg(metavar="RUN")]]
     """Run folder (its best checkpoint, else its last) or checkpoint file."""
-    inputs: Positional[tuple[str, ...]]
+    inputs: Positional[Annotated[tuple[str, ...], arg(metavar="INPUT...")]]
     """Image files, folders (with all below them) and quoted globs such as 'photos/**/*.jpg'."""
     out: str = "predictions"
     """Folder for the pictures, results.json (COCO-format results) and images.json (names of their images)."""
@@ -61,12 +62,13 @@ def main(argv: list[str]) -> int:
             parse(PredictArguments, ["--help"], PROGRAM, DESCRIPTION)
         return 0
     arguments = parse(PredictArguments, argv, PROGRAM, DESCRIPTION)
-    if arguments.batch_size < 1:
-        raise ConfigError(f"--batch-size must be at least 1, got {arguments.batch_size}")
+    for flag, value in (("--batch-size", arguments.batch_size), ("--threads", arguments.threads)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{flag} must be at least 1, got {value}")
     if not 0.0 <= arguments.score <= 1.0:
         raise ConfigError(f"--score must lie between 0 and 1, got {arguments.score}")
     if arguments.threads is not None:
-        torch.set_num_threads(max(1, arguments.threads))
+        torch.set_num_threads(arguments.threads)
     out = Path(arguments.out)
     files = find_images(arguments.inputs, out)
     predictor = load(arguments.run, device=arguments.device)

@@ -135,6 +135,7 @@ def test_errors_are_one_line(tiny_run, photos, tmp_path, capsys):
         ([str(tmp_path / "absent"), str(photos)], "does not exist"),
         ([run, str(photos), "--score", "2"], "--score"),
         ([run, str(photos), "--batch-size", "0"], "--batch-size"),
+        ([run, str(photos), "--threads", "0"], "--threads"),
         ([run, str(photos), "--device", "abacus"], "abacus"),
         ([run, str(photos), "--scores", "0.3"], "did you mean --score?"),
         ([run, str(photos), "--out", str(photos / "notes.txt" / "out")], "--out"),
@@ -146,5 +147,14 @@ def test_errors_are_one_line(tiny_run, photos, tmp_path, capsys):
 def test_help_explains_each_flag(capsys):
     assert drcnn(["predict", "--help"]) == 0
     text = capsys.readouterr().out
-    for word in ("--score", "Least score", "--batch-size", "--device", "folders", "results.json"):
+    for word in (
+        "RUN",
+        "INPUT...",
+        "--score",
+        "Least score",
+        "--batch-size",
+        "--device",
+        "folders",
+        "results.json",
+    ):
         assert word in text
