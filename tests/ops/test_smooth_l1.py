@@ -144,6 +144,16 @@ def test_masked_boxes_never_matter(backend, device, dtype):
 
 
 @on_all
+def test_infinite_upstream_gradient_stays_out_of_masked_boxes(backend, device):
+    """A gradient scaler that overflows sends inf."""
+    pred, target, mask = _inputs((40, 4), torch.float32, device)
+    pred.requires_grad_()
+    with use_backend(backend):
+        (grad,) = torch.autograd.grad(smooth_l1(pred, target, 0.5, mask) * torch.inf, pred)
+    assert torch.equal(grad[~mask], torch.zeros_like(grad[~mask])) and torch.isinf(grad[mask]).all()
+
+
+@on_all
 def test_a_difference_of_exactly_beta_is_linear(backend, device):
     beta = torch.tensor(0.5, device=device)
     pred = torch.tensor([[0.5, -0.5, 0.0, 0.25]], device=device)
