@@ -114,7 +114,7 @@ def small_images(root: str, batch_size: int = 4) -> DataConfig:
 
 
 def synthetic_shapes(root: str, batch_size: int = 4) -> DataConfig:
-    """Textured shapes of four classes, made in ``root`` when it is not there; short side 192.
+    """Textured shapes of four classes, made in ``root`` when it is not there; short side 160.
 
     Args:
         root: folder to make.
@@ -127,10 +127,10 @@ def synthetic_shapes(root: str, batch_size: int = 4) -> DataConfig:
         root,
         **splits,
         batch_size=batch_size,
-        short_sides=(192,),
-        max_size=320,
-        test_short_side=192,
-        test_max_size=320,
+        short_sides=(160,),
+        max_size=256,
+        test_short_side=160,
+        test_max_size=256,
         vflip=0.5,
         pad_step=32,
         synthetic=SyntheticConfig(),

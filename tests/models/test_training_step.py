@@ -179,3 +179,25 @@ def test_padding_of_an_image_does_not_change_its_detections():
 def test_training_without_targets_says_what_to_do():
     with pytest.raises(ValueError, match=r"call \.eval\(\)"):
         build(FASTER)(batch()[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("config", [FASTER, DYNAMIC], ids=["faster", "dynamic"])
+def test_training_step_never_waits_for_the_gpu(config):
+    model = build(config).cuda()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    images, targets = (part.to("cuda") for part in batch())
+    before = torch.cuda.get_sync_debug_mode()
+    for step in range(4):
+        # The first step may allocate, load kernels and tune; all others must run without a wait.
+        torch.cuda.set_sync_debug_mode("error" if step else before)
+        try:
+            losses = model(images, targets)
+            optimizer.zero_grad()
+            sum(losses.values()).backward()
+            optimizer.step()
+            model.dynamics.update()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    assert all(loss.isfinite() for loss in losses.values())
