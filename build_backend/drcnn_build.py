@@ -19,7 +19,7 @@ from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403  the hooks that need no change
 
 OLDEST_TORCH = (2, 10)
-NATIVE_REQUIREMENTS = ("cmake>=3.24", "ninja", "pybind11>=2.13")
+NATIVE_REQUIREMENTS = ("cmake>=3.26", "ninja", "pybind11>=2.13")
 
 # Reads torch/version.py without importing torch, which takes seconds and fails without its libraries.
 _PROBE = """
