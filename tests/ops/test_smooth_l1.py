@@ -310,6 +310,31 @@ def test_says_what_does_not_fit(change, message):
         smooth_l1(**arguments)
 
 
+@on_kernels
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pred": torch.zeros(3, 5), "target": torch.zeros(3, 5)}, "pred must have shape"),
+        ({"target": torch.zeros(2, 4)}, "target must have pred's shape"),
+        ({"target": torch.zeros(3, 4).double()}, "target must have pred's dtype"),
+        ({"beta": torch.ones(1)}, "beta must be 0-dim"),
+        ({"beta": torch.ones(()).double()}, "beta must be float32"),
+        ({"mask": torch.ones(3)}, "mask must be bool"),
+        ({"mask": torch.ones(4, dtype=torch.bool)}, "mask must hold one value per box"),
+    ],
+)
+def test_native_operator_itself_reads_nothing_that_does_not_fit(backend, device, change, message):
+    """torch.ops.drcnn can be called without the public function, and must not read out of bounds then."""
+    if backend == "triton":
+        pytest.skip("the public function alone checks what Triton gets")
+    arguments = {"pred": torch.zeros(3, 4), "target": torch.zeros(3, 4), "beta": torch.ones(()), "mask": None}
+    arguments = {k: v if v is None else v.to(device) for k, v in (arguments | change).items()}
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.drcnn.smooth_l1_fwd(*arguments.values())
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.drcnn.smooth_l1_bwd(torch.ones((), device=device), *arguments.values())
+
+
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this run interprets Triton already")
 def test_triton_kernels_in_the_interpreter():
     """Triton reads TRITON_INTERPRET when it is imported, hence the process of its own."""
