@@ -91,12 +91,29 @@ def describe_schedule(config: OptimConfig) -> str:
     return text
 
 
-def build_optimizer(config: OptimConfig, model: nn.Module, batch_size: int) -> torch.optim.SGD:
-    """Builds SGD over the weights of ``model`` that require a gradient."""
+def build_optimizer(
+    config: OptimConfig, model: nn.Module, batch_size: int, *, scaled: bool = False
+) -> torch.optim.SGD:
+    """Builds SGD over the weights of ``model`` that require a gradient.
+
+    Args:
+        config (OptimConfig): learning rate, momentum, weight decay.
+        model (nn.Module): the weights.
+        batch_size (int): images a step over all ranks.
+        scaled (bool): a gradient scaler decides whether a step is taken. The fused form then decides on the
+            device; with any other the scaler waits for the device at each step.
+    """
     weights = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.SGD(
-        weights, lr=lr_at(config, 0, batch_size), momentum=config.momentum, weight_decay=config.weight_decay
+    lr, decay = lr_at(config, 0, batch_size), config.weight_decay
+    optimizer = torch.optim.SGD(
+        weights, lr=lr, momentum=config.momentum, weight_decay=decay, fused=scaled or None
     )
+    if scaled and config.momentum:
+        # torch makes the fused form's buffers without values and relies on the first step to write them,
+        # which it does not do when that step is skipped. From zero the first step is the same.
+        for weight in weights:
+            optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+    return optimizer
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -82,7 +82,7 @@ class Trainer:
     ) -> None:
         self.config, self.plain_config, self.run, self.command = config, plain_config, run, command
         self.rank, self.world_size = distributed.rank(), distributed.world_size()
-        main = distributed.is_main()
+        main, fp16 = distributed.is_main(), config.train.amp == "fp16"
         self.device = distributed.pick_device(config.train.device)
         if config.train.threads is not None:
             torch.set_num_threads(config.train.threads)
@@ -90,8 +90,8 @@ class Trainer:
         self.train_data, self.val_data, self.test_data = open_splits(config)
         torch.manual_seed(config.train.seed)  # the same initial weights on every rank
         self.model = build_model(config).to(self.device)
-        self.optimizer = build_optimizer(config.optim, self.model, config.data.batch_size)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.train.amp == "fp16")
+        self.optimizer = build_optimizer(config.optim, self.model, config.data.batch_size, scaled=fp16)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         self.window = LossWindow(self.device)
         self.step = 0  # iterations done
         self.best: dict[str, Any] | None = None
@@ -369,10 +369,10 @@ class Trainer:
         iterations = self.config.optim.iterations
         self.changes = changed_settings(state, self.plain_config, self.train_data.categories, iterations)
         self.model.load_state_dict(state["model"])
+        settings = {k: v for k, v in self.optimizer.param_groups[0].items() if k != "params"}
         self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:  # the checkpoint's values came back with its state
-            group["momentum"] = self.config.optim.momentum
-            group["weight_decay"] = self.config.optim.weight_decay
+        for group in self.optimizer.param_groups:
+            group.update(settings)  # this run's, as the checkpoint's came back with its state
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.window.load_state_dict(state["window"])

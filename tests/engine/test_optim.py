@@ -69,3 +69,30 @@ def test_optimizer_holds_trained_weights_only():
     assert group["lr"] == pytest.approx(0.02 / 2 / 3)
     set_lr(optimizer, 0.5)
     assert group["lr"] == 0.5
+
+
+def test_scaled_steps_never_read_the_device_and_survive_a_skipped_first_step(monkeypatch):
+    """Infinite gradients skip the first step; the others equal those of plain SGD."""
+    inputs = torch.rand(4, 8, generator=torch.Generator().manual_seed(0))
+
+    def train(scaled):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(8, 8)
+        optimizer = build_optimizer(OptimConfig(lr=1.0), model, 16, scaled=scaled)
+        scaler = torch.amp.GradScaler("cpu", enabled=scaled)
+        for step in range(5):
+            optimizer.zero_grad()
+            loss = model(inputs).square().mean()
+            if step == 0 and not scaled:
+                continue
+            scaler.scale(loss * (float("inf") if step == 0 else 1)).backward()
+            scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+        return model.weight.detach()
+
+    expected = train(scaled=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "item", lambda self: pytest.fail("the scaler read the device"))
+        found = train(scaled=True)
+    torch.testing.assert_close(found, expected)

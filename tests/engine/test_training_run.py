@@ -259,6 +259,15 @@ def test_autocast_trains(tiny, tmp_path, amp):
     assert (load_checkpoint(out / "checkpoints" / "last.pt")["scaler"] != {}) == (amp == "fp16")
 
 
+@pytest.mark.parametrize("order", [("off", "fp16"), ("fp16", "off"), ("fp16", "fp16")])
+def test_resume_with_another_number_type(tiny, tmp_path, order):
+    out = ["--out", str(tmp_path / "run")]
+    for resume, amp in enumerate(order):
+        flags = ["--train.amp", amp, "--optim.iterations", str(2 + resume)]
+        assert main([tiny, *flags, *out, *(["--resume"] * resume)]) == 0
+    assert [r["step"] for r in records(tmp_path / "run")] == [1, 2, 3]
+
+
 def test_iteration_seeds_differ():
     seeds = {iteration_seed(a, b, c) for a in range(3) for b in range(50) for c in range(3)}
     assert len(seeds) == 450 and iteration_seed(1, 2, 3) == iteration_seed(1, 2, 3)
