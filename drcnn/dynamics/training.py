@@ -186,6 +186,7 @@ class DynamicTraining(nn.Module):
     iou_records: Tensor
     error_records: Tensor
     skipped: Tensor
+    lost: Tensor
     non_finite: Tensor
 
     def __init__(self, config: DynamicTrainingConfig | None = None) -> None:
@@ -204,7 +205,8 @@ class DynamicTraining(nn.Module):
         self.register_buffer("error_records", torch.full((config.window,), float("nan")))
         # Images without ground truths in the current iteration, for `empty_images="skip"`.
         self.register_buffer("skipped", torch.zeros(()))
-        # Statistics that were not finite, over the whole training.
+        # Statistics that were not finite: of the current iteration, and over the whole training.
+        self.register_buffer("lost", torch.zeros(()), persistent=False)
         self.register_buffer("non_finite", torch.zeros(()))
 
     @torch.no_grad()
@@ -216,14 +218,13 @@ class DynamicTraining(nn.Module):
         """
         iou, iou_valid, error, error_valid = batch_statistics(assignment, self.config)
         iou_finite, error_finite = iou.isfinite(), error.isfinite()
-        lost = (iou_valid & ~iou_finite).sum() + (error_valid & ~error_finite).sum()
+        self.lost += (iou_valid & ~iou_finite).sum() + (error_valid & ~error_finite).sum()
         iou_valid, error_valid = iou_valid & iou_finite, error_valid & error_finite
         zero = iou.new_zeros(())
         added = [torch.where(iou_valid, iou, zero).sum(), iou_valid.sum()]
         added += [torch.where(error_valid, error, zero).sum(), error_valid.sum()]
         self.sums += torch.stack([value.to(self.sums.dtype) for value in added])
         self.skipped += (~assignment.gt_valid.any(dim=1)).sum()
-        self.non_finite += lost
 
     @torch.no_grad()
     def update(self) -> None:
@@ -232,10 +233,10 @@ class DynamicTraining(nn.Module):
         With several ranks, the sums and counts are all-reduced first, so every rank records the same
         values: the means are over the images of all ranks.
         """
-        sums = torch.cat([self.sums, self.skipped.view(1)])
+        sums = torch.cat([self.sums, self.skipped.view(1), self.lost.view(1)])
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             dist.all_reduce(sums)
-        iou_sum, iou_count, error_sum, error_count, skipped = sums.unbind()
+        iou_sum, iou_count, error_sum, error_count, skipped, lost = sums.unbind()
         if self.config.empty_images == "skip":
             iou_count = torch.where(skipped > 0, 0.0, iou_count)
             error_count = torch.where(skipped > 0, 0.0, error_count)
@@ -247,6 +248,8 @@ class DynamicTraining(nn.Module):
         self.error_records.scatter_(0, slot, error.view(1))
         self.sums.zero_()
         self.skipped.zero_()
+        self.non_finite += lost
+        self.lost.zero_()
         self.iteration += 1
         self._move(self.iteration >= self.config.window)
 
