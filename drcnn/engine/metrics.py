@@ -189,17 +189,20 @@ def _ground_truth(content: object, source: str, annotation_ids: Iterable[int] | 
     try:
         annotations = []
         # The evaluator marks "unmatched" by id 0, so a ground truth with id 0 would never count as
-        # found: number them from 1. `area` and `iscrowd` are missing in many people's own files.
+        # found: number them from 1. `area` and `iscrowd` are missing or null in many people's own files.
         for number, record in enumerate(content["annotations"], start=1):
-            if chosen is not None and record.get("id") not in chosen:
-                continue
+            if chosen is not None:
+                if record.get("id") not in chosen:
+                    continue
+                chosen.remove(record["id"])  # of several annotations with one id, data sets take the first
             width, height = record["bbox"][2:]
+            area = record.get("area")
             annotations.append(
                 {
                     **record,
                     "id": number,
-                    "area": record.get("area", width * height),
-                    "iscrowd": record.get("iscrowd", 0),
+                    "area": width * height if area is None else area,
+                    "iscrowd": record.get("iscrowd") or 0,
                 }
             )
         images = [dict(record) for record in content["images"]]

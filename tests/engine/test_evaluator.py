@@ -144,6 +144,19 @@ def test_annotation_id_zero_and_missing_fields_do_no_harm():
     assert json.dumps([content, results]) == before
 
 
+def test_null_fields_are_missing_fields():
+    content = truth((1, 1, [0, 0, 40, 40]), area=None, iscrowd=None)
+    metrics = evaluate_results(content, [found(1, 1, [0, 0, 40, 40], 0.9)])
+    assert metrics.summary["AP"] == metrics.summary["APm"] == pytest.approx(1.0)
+
+
+def test_of_annotations_with_one_id_the_first_is_scored():
+    content = truth((1, 1, [0, 0, 40, 40]), (1, 1, [100, 50, 40, 40]))
+    content["annotations"][1]["id"] = 1
+    metrics = evaluate_results(content, [found(1, 1, [0, 0, 40, 40], 0.9)], annotation_ids=[1])
+    assert metrics.summary["AR100"] == pytest.approx(1.0)
+
+
 def test_crowd_regions_swallow_detections():
     content = truth((1, 1, [0, 0, 40, 40]), (1, 1, [100, 0, 100, 100]))
     content["annotations"][1]["iscrowd"] = 1
