@@ -26,14 +26,12 @@ FREE_TO_CHANGE = (
     "data.root",
     "data.workers",
     "model.backbone.weights",
-    "train.device",
-    "train.threads",
     "train.log_every",
     "train.checkpoint_every",
     "train.eval_every",
     "train.pictures",
 )
-"""Settings that a resumed run may change without a word: they do not change what is computed."""
+"""Settings that a resumed run may change without a word: they do not change how the weights move."""
 
 
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:

@@ -129,6 +129,11 @@ def test_resume_refuses_another_model_and_tells_of_other_changes():
     assert changed_settings(state, plain, names, 10) == []
     assert changed_settings(state, plain | {"optim": {"lr": 0.2}}, names, 10) == ["optim.lr 0.1 -> 0.2"]
     assert changed_settings(state, plain | {"data": {"workers": 4}}, names, 10) == []
+    # Another device or number of threads sums in another order.
+    for name, value in (("device", "cuda"), ("threads", 4)):
+        was, now = (make_state(config={"train": {name: v}}) for v in (None, value))
+        moved = changed_settings(was, now["config"], names, 10)
+        assert moved == [f"train.{name} None -> {value}"]
     with pytest.raises(ConfigError, match=r"model\.num_classes 3, and now it is 4"):
         changed_settings(state, plain | {"model": {"num_classes": 4}}, names, 10)
     with pytest.raises(ConfigError, match="classes a, b"):
