@@ -110,8 +110,9 @@ def _(
     sampling_ratio: int,
     aligned: bool,
 ) -> Tensor:
-    # On a CPU shapes may depend on data at no cost: each level pools only its own boxes.
-    pooled = features[0].new_empty((rois.shape[0], features[0].shape[1], size, size))
+    # On a CPU shapes may depend on data at no cost: each level pools only its own boxes. A box that is NaN
+    # is on no level and stays 0, as in the reference.
+    pooled = features[0].new_zeros((rois.shape[0], features[0].shape[1], size, size))
     for level, (feature, scale) in enumerate(zip(features, scales, strict=True)):
         own = (levels == level).nonzero().squeeze(1)
         pooled[own] = torch.ops.torchvision.roi_align(

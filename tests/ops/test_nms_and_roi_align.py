@@ -104,6 +104,15 @@ def test_both_forms_of_roi_align_agree_forward_and_backward():
         torch.testing.assert_close(a.grad, b.grad)
 
 
+def test_roi_align_of_a_box_that_is_nan_is_zero():
+    torch.use_deterministic_algorithms(True)  # fills memory that nothing is written to with NaN
+    try:
+        boxes = torch.full((2, 3, 4), torch.nan)
+        assert not roi_align(pyramid(), boxes, (4, 8, 16, 32), 7, 2).any()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_fpn_level_follows_the_paper():
     side = torch.tensor([1.0, 111.9, 112.0, 223.9, 224.0, 447.9, 448.0, 2000.0, 0.0])
     boxes = torch.stack([torch.zeros(9), torch.zeros(9), side, side], dim=1)
