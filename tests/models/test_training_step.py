@@ -54,13 +54,11 @@ def test_training_forward_and_backward_trace_as_one_graph(config):
     torch.manual_seed(3)
     losses = compiled(*inputs)
     assert losses.keys() == expected.keys()
-    # Random draws of traced and eager code may differ, so losses agree in size, not in bits.
-    for name in losses:
-        torch.testing.assert_close(losses[name], expected[name], rtol=0.5, atol=0.5)
+    for name in losses:  # this backend keeps the operators and the order of the random draws
+        torch.testing.assert_close(losses[name], expected[name], rtol=1e-4, atol=1e-6)
     sum(losses.values()).backward()
-    assert model.box_head.fc1.weight.grad.shape == gradient.shape
-    assert model.box_head.fc1.weight.grad.isfinite().all()
-    assert model.box_head.fc1.weight.grad.abs().sum() > 0
+    torch.testing.assert_close(model.box_head.fc1.weight.grad, gradient, rtol=1e-3, atol=1e-6)
+    assert gradient.abs().sum() > 0
 
 
 def test_compiled_step_records_the_statistics():
