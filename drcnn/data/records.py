@@ -277,8 +277,10 @@ def _places(values: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray
 def _refuse_duplicates(ids: np.ndarray, what: str, path: Path) -> None:
     unique, counts = np.unique(ids, return_counts=True)
     if len(unique) < len(ids):
-        repeated = unique[np.argmax(counts > 1)]
-        raise DataError(f"{path}: {what} id {repeated} occurs {counts.max()} times; make the ids unique")
+        first = np.argmax(counts > 1)
+        raise DataError(
+            f"{path}: {what} id {unique[first]} occurs {counts[first]} times; make the ids unique"
+        )
 
 
 def _escapes(name: str) -> bool:

@@ -53,6 +53,10 @@ def text_as_image(content, folder):
 
 FATAL = {
     "an id twice": (duplicate("images"), "image id 2 occurs 2 times"),
+    "one id twice, another thrice": (
+        lambda c, f: c["images"].extend([c["images"][1], c["images"][2], c["images"][2]]),
+        "image id 2 occurs 2 times",
+    ),
     "a category twice": (duplicate("categories"), "category id 2 occurs 2 times"),
     "a text as id": (image(id="3"), "image number 3 has the id '3', which is not an integer"),
     "a huge id": (annotation(id=2**80), "annotation number 2 has the id"),
