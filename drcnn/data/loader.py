@@ -50,7 +50,7 @@ class Batch(NamedTuple):
         """Copies the batch to page-locked memory."""
         return Batch(
             self.images.pin_memory(),
-            Targets(*(None if t is None else t.pin_memory() for t in self.targets)),
+            self.targets.pin_memory(),
             self.indices.pin_memory(),
             self.original_sizes.pin_memory(),
         )

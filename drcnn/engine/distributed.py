@@ -72,8 +72,8 @@ def process_group(device: torch.device) -> Iterator[None]:
 def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     """Wraps ``model`` for native data-parallel training when there is more than one rank.
 
-    Buffers are not broadcast at each step: the dynamics all-reduce their own state, and batch norm is either
-    frozen, synchronised or local.
+    Buffers are not broadcast at each step: the dynamics all-reduce their own state, and batch norm is frozen
+    or, if it is trained, local to its rank.
     """
     if world_size() == 1:
         return model
