@@ -10,5 +10,5 @@ training = DynamicTrainingConfig(iou_top_k=20, error_top_k=3, window=25)
 config = Config(
     model=presets.dynamic(presets.light_faster_rcnn(num_classes=4), training),
     data=presets.synthetic_shapes("data/quickstart"),
-    optim=presets.short_schedule(400, lr=0.02),
+    optim=presets.short_schedule(400),
 )

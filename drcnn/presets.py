@@ -147,7 +147,7 @@ def schedule(times: int = 1) -> OptimConfig:
     return OptimConfig(iterations=times * ITERATIONS_1X, milestones=milestones)
 
 
-def short_schedule(iterations: int, lr: float = 0.01, batch_size: int = 4) -> OptimConfig:
+def short_schedule(iterations: int, lr: float = 0.02, batch_size: int = 4) -> OptimConfig:
     """SGD for a short training from scratch: drops at 70 % and 90 %, gradients clipped.
 
     Args:
