@@ -6,6 +6,14 @@ from drcnn.dynamics.training import (
     DynamicTrainingConfig,
     FixedTraining,
     FixedTrainingConfig,
+    regression_error,
 )
 
-__all__ = ["Assignment", "DynamicTraining", "DynamicTrainingConfig", "FixedTraining", "FixedTrainingConfig"]
+__all__ = [
+    "Assignment",
+    "DynamicTraining",
+    "DynamicTrainingConfig",
+    "FixedTraining",
+    "FixedTrainingConfig",
+    "regression_error",
+]

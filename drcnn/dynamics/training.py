@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from drcnn.ops import box_iou, topk_statistics
+from drcnn.ops import box_iou, encode_deltas, topk_statistics
 
 
 class Assignment(NamedTuple):
@@ -32,6 +32,7 @@ class Assignment(NamedTuple):
         is_gt (Tensor[B, N]): bool, True for ground truths that joined the proposals.
         positive (Tensor[B, N]): bool, labelled as an object.
         sampled (Tensor[B, N]): bool, drawn for the loss.
+        delta_weights: factors that the deltas are encoded with.
     """
 
     boxes: Tensor
@@ -43,6 +44,7 @@ class Assignment(NamedTuple):
     is_gt: Tensor
     positive: Tensor
     sampled: Tensor
+    delta_weights: tuple[float, float, float, float] = (10.0, 10.0, 5.0, 5.0)
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,8 @@ class DynamicTrainingConfig:
     """Divide the sum of the IoU records by C even when fewer were made."""
     median: Literal["middle", "upper"] = "middle"
     """Median of an even number of records: mean of the middle two, or the upper one."""
-    background_iou: Literal["max", "first_gt"] = "max"
-    """IoU that a background proposal adds: its largest, or the one with ground truth 0."""
+    background_match: Literal["best", "first_gt"] = "best"
+    """Ground truth that a background proposal is compared with: its best, or the first of the image."""
 
     @classmethod
     def paper(cls) -> "DynamicTrainingConfig":
@@ -109,7 +111,7 @@ class DynamicTrainingConfig:
 
     @classmethod
     def mmdet(cls) -> "DynamicTrainingConfig":
-        """As MMDetection's `DynamicRoIHead` computes it."""
+        """As MMDetection's `DynamicRoIHead` computes it, but over all ranks instead of on each by itself."""
         return cls(
             iou_threshold=0.5,
             min_beta=0.0,
@@ -122,7 +124,7 @@ class DynamicTrainingConfig:
 
     @classmethod
     def author(cls) -> "DynamicTrainingConfig":
-        """As the author's published code computes it; too few IoUs clamp the rank instead of failing."""
+        """As the author's published code computes it; ranks beyond the count are clamped instead of failing."""
         return cls(
             min_beta=0.0,
             iou_scope="batch",
@@ -132,7 +134,7 @@ class DynamicTrainingConfig:
             empty_images="skip",
             divide_by_window=True,
             median="upper",
-            background_iou="first_gt",
+            background_match="first_gt",
         )
 
     def build(self) -> "DynamicTraining":
@@ -294,17 +296,19 @@ def batch_statistics(
         them exist; M is the number of images, or 1 if the scope is the batch.
     """
     a = assignment
-    max_iou = a.max_iou.float()
-    if config.background_iou == "first_gt" and a.gt_boxes.shape[1] > 0:
-        first = box_iou(a.boxes, a.gt_boxes[:, :1]).squeeze(-1)
-        max_iou = torch.where(a.positive, max_iou, first.float())
+    max_iou, error = a.max_iou.float(), a.error.float()
+    if config.background_match == "first_gt" and a.gt_boxes.shape[1] > 0:
+        first = a.gt_boxes[:, :1]
+        max_iou = torch.where(a.positive, max_iou, box_iou(a.boxes, first).squeeze(-1).float())
+        deltas = encode_deltas(a.boxes, first.expand_as(a.boxes), a.delta_weights)
+        error = torch.where(a.positive, error, regression_error(deltas).float())
     has_gt = a.gt_valid.any(dim=1, keepdim=True)
     counted = a.valid & has_gt
     if not config.count_ground_truths:
         counted = counted & ~a.is_gt
     population = {"positives": a.positive, "sampled_positives": a.positive & a.sampled, "all": a.valid}
     error_mask = counted & population[config.error_of]
-    columns = (max_iou, a.error.float(), counted, error_mask)
+    columns = (max_iou, error, counted, error_mask)
     by_scope = {}
     for scope in dict.fromkeys((config.iou_scope, config.error_scope)):
         rows = columns if scope == "image" else tuple(column.reshape(1, -1) for column in columns)
@@ -317,6 +321,18 @@ def batch_statistics(
         # An image without ground truths counts with the 0 that stands there.
         iou_valid = iou_valid | ~has_gt.squeeze(1)
     return iou, iou_valid, error, error_count > 0
+
+
+def regression_error(deltas: Tensor) -> Tensor:
+    """Computes the regression error of section 4.2 of the paper.
+
+    Args:
+        deltas (Tensor[..., 4]): encoded dx, dy, dw, dh.
+
+    Returns:
+        Tensor[...]: mean of |dx| and |dy|.
+    """
+    return deltas[..., :2].abs().mean(dim=-1)
 
 
 def mean_of_records(records: Tensor, divide_by_window: bool) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from drcnn.dynamics import Assignment, DynamicTraining, FixedTraining
+from drcnn.dynamics import Assignment, DynamicTraining, FixedTraining, regression_error
 from drcnn.models.boxes import clip_boxes, decode_deltas, has_size
 from drcnn.models.samplers import sample_slots
 from drcnn.ops import assign_targets, match_boxes, nms, roi_align, smooth_l1
@@ -197,10 +197,18 @@ class BoxHead(nn.Module):
         positive = (labels < self.num_classes) & valid
         index, drawn = sample_slots(positive, valid & ~positive, config.samples, self.max_positive)
         sampled = torch.zeros_like(valid).scatter(1, index, drawn)
-        error = deltas[..., :2].abs().mean(dim=-1)
         training.record(
             Assignment(
-                proposals, targets.boxes, targets.valid, match.max_iou, error, valid, is_gt, positive, sampled
+                boxes=proposals,
+                gt_boxes=targets.boxes,
+                gt_valid=targets.valid,
+                max_iou=match.max_iou,
+                error=regression_error(deltas),
+                valid=valid,
+                is_gt=is_gt,
+                positive=positive,
+                sampled=sampled,
+                delta_weights=config.delta_weights,
             )
         )
         rows = index.unsqueeze(-1).expand(-1, -1, 4)

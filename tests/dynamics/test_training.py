@@ -77,9 +77,10 @@ def test_author_ranks_everything_over_the_batch():
     config = with_ranks(DynamicTrainingConfig.author(), 2, 3)
     iou, _, error, _ = batch_statistics(FIRST, config)
     # Background proposals count with their IoU with ground truth 0, which is 0.5 here: the fourth
-    # largest of 1, 1, 0.9, 0.8, 0.7, 0.5, 0.5, 0.5; the sixth smallest of all errors.
+    # largest of 1, 1, 0.9, 0.8, 0.7, 0.5, 0.5, 0.5. Their error with it is the mean of 0 and 10 * 2.5 / 10:
+    # the sixth smallest of 0, 0, 0.4, 0.5, 0.7, 1.25, 1.25, 1.25.
     assert iou.tolist() == pytest.approx([0.8])
-    assert error.tolist() == pytest.approx([0.7])
+    assert error.tolist() == pytest.approx([1.25])
 
 
 def test_ranks_are_clamped_to_the_count():
@@ -137,7 +138,7 @@ def test_limits():
 
 def test_micro_batches_are_one_iteration():
     together, apart = (DynamicTraining(with_ranks(PAPER, 2, 2)) for _ in range(2))
-    halves = [Assignment(*(field[i : i + 1] for field in FIRST)) for i in range(2)]
+    halves = [Assignment(*(field[i : i + 1] for field in FIRST[:9])) for i in range(2)]
     step(together, FIRST)
     step(apart, *halves)
     assert apart.iteration.item() == together.iteration.item() == 1
