@@ -124,7 +124,7 @@ class DynamicTrainingConfig:
 
     @classmethod
     def author(cls) -> "DynamicTrainingConfig":
-        """As the author's published code computes it; ranks beyond the count are clamped instead of failing."""
+        """As the author's published code computes it; ranks above the count are clamped, not an error."""
         return cls(
             min_beta=0.0,
             iou_scope="batch",
