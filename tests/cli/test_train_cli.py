@@ -179,4 +179,4 @@ def test_a_reader_that_goes_away_is_no_error():
 def test_lr_follows_the_batch(tiny, tmp_path):
     flags = ["--data.batch-size", "1", "--optim.iterations", "1", "--train.pictures", "0"]
     assert train([tiny, "--out", str(tmp_path / "run"), *flags]) == 0
-    assert "lr 0.01 for 4 images -> 0.0025 for 1 image" in (tmp_path / "run" / "log.txt").read_text()
+    assert "lr 0.02 for 4 images -> 0.005 for 1 image" in (tmp_path / "run" / "log.txt").read_text()

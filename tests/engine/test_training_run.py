@@ -103,7 +103,7 @@ def test_run_folder_holds_all(unbroken):
         summary = json.loads((run / f"metrics_{split}.json").read_text())["summary"]
         assert {"AP", "AP50", "AP75", "AP90", "AR100"} <= summary.keys()
     text = (run / "log.txt").read_text()
-    assert "lr 0.01 for 4 images" in text and "seed 0" in text and "operators: " in text
+    assert "lr 0.02 for 4 images" in text and "seed 0" in text and "operators: " in text
 
 
 def test_checkpoint_holds_the_state_of_the_run(unbroken):
