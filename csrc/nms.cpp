@@ -22,7 +22,7 @@ constexpr int64_t kDigitBits = 11;
 constexpr int64_t kPlanes = 5;  // x1, y1, x2, y2, area
 
 // Below this a second thread costs more than it saves.
-constexpr int64_t kSharedBoxes = 16384;    // to sort
+constexpr int64_t kSharedBoxes = 8192;     // to sort
 constexpr int64_t kSharedPairs = 1 << 18;  // to test
 
 struct Item {
@@ -217,11 +217,13 @@ std::tuple<Tensor, Tensor> nms_cpu(const Tensor& boxes, const Tensor& scores, co
   Tensor index = args.new_output(ScalarType::Long);
   Tensor kept = args.new_output(ScalarType::Bool);
   std::vector<Image> images(args.images);
-  share_out(args.images, args.images * args.count > kSharedBoxes, [&](int64_t b) {
+  const bool* all_valid = args.valid.const_data_ptr<bool>();
+  const int64_t boxes_to_sort = std::count(all_valid, all_valid + args.images * args.count, true);
+  share_out(args.images, boxes_to_sort > kSharedBoxes, [&](int64_t b) {
     const int64_t offset = b * args.count;
     images[b].boxes = args.boxes.const_data_ptr<float>() + 4 * offset;
     sort_by_score(images[b], args.scores.const_data_ptr<float>() + offset,
-                  args.valid.const_data_ptr<bool>() + offset, args.count);
+                  all_valid + offset, args.count);
     split_by_group(images[b], args.groups.const_data_ptr<int64_t>() + offset, slots);
   });
   decide_all(images, args.threshold, slots);
