@@ -5,8 +5,8 @@ the samples of all cells at once. One launch serves each level; programs of boxe
 and the first level's launch also writes the zeros of boxes that have none.
 
 Deterministic backward: a program owns a tile of cells and some channels, goes through the boxes of its image
-in their order and adds, for each, the product of the tile's weights, [cells, bins], and the box's
-gradient, [bins, channels]. Every cell is written once, without atomics and without memory beside the gradients.
+in their order and adds, for each, the product of the tile's weights, [cells, bins], and the box's gradient,
+[bins, channels]. Every cell is written once, without atomics and without memory beside the gradients.
 """
 
 import torch
