@@ -109,6 +109,24 @@ native_load_error: str | None = _load_native_library()
 """Why the native operator library is not loaded, or None when it is."""
 
 
+def native_defines(*names: str) -> bool:
+    """Tells whether the native library is loaded and defines these operators of ``torch.ops.drcnn``.
+
+    A library that was built from older sources and lacks one is warned about: the reference takes its place.
+    """
+    if native_load_error is not None:
+        return False
+    missing = [name for name in names if not hasattr(torch.ops.drcnn, name)]
+    if missing:
+        warnings.warn(
+            f"the native library was built from older sources and has no {', '.join(missing)}; "
+            "run `pip install -e .` again",
+            BackendWarning,
+            stacklevel=2,
+        )
+    return not missing
+
+
 def native_build_info() -> dict[str, Any] | None:
     """How the native library was built, or None when it is not loaded.
 

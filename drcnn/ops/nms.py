@@ -24,7 +24,7 @@ import torch
 import torchvision
 from torch import Tensor
 
-from drcnn.ops.backend import implementation, native_load_error, register
+from drcnn.ops.backend import implementation, native_defines, register
 from drcnn.ops.shapes import check_shape
 
 
@@ -210,5 +210,5 @@ def _fake(
 
 _reference.register_fake(_fake)
 torch.library.register_fake("drcnn_triton::nms", _fake)
-if native_load_error is None:
+if native_defines("nms"):
     torch.library.register_fake("drcnn::nms", _fake)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drcnn.ops.backend import implementation, native_load_error, register
+from drcnn.ops.backend import implementation, native_defines, register
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -151,5 +151,5 @@ def _register_fake_and_autograd(namespace: str) -> None:
 
 
 _register_fake_and_autograd("drcnn_triton")
-if native_load_error is None:
+if native_defines("smooth_l1_fwd", "smooth_l1_bwd"):
     _register_fake_and_autograd("drcnn")

@@ -180,3 +180,10 @@ def test_status_covers_every_operator_and_device():
 )
 def test_which_code_runs_on_which_gpu(architecture, capability, expected):
     assert runs_on(architecture, *capability) is expected
+
+
+@pytest.mark.skipif(backend.native_load_error is not None, reason="there is no native library")
+def test_a_library_from_older_sources_is_named():
+    assert backend.native_defines("smooth_l1_fwd", "smooth_l1_bwd")
+    with pytest.warns(backend.BackendWarning, match="older sources and has no no_such_op; run `pip install"):
+        assert not backend.native_defines("smooth_l1_fwd", "no_such_op")
