@@ -260,7 +260,8 @@ def test_gradcheck(backend, device, layout, deterministic):
             lambda *f: roi_align(f, boxes, (4, 8), 2, 0, True, deterministic),
             features,
             nondet_tol=0.0 if deterministic or device == "cpu" else 1e-10,
-            fast_mode=backend == "triton" and device == "cpu",  # the whole Jacobian takes the interpreter long
+            # The whole Jacobian takes the interpreter long.
+            fast_mode=backend == "triton" and device == "cpu",
         )
 
 
@@ -458,7 +459,8 @@ def test_triton_kernels_in_the_interpreter():
     Agreement alone, since the interpreter is slow; `TRITON_INTERPRET=1 pytest tests/ops -k triton` runs all.
     """
     pytest.importorskip("triton", reason="triton is not installed")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "triton and agrees", "-p", "no:cacheprovider", __file__]
+    flags = ["-q", "-x", "-k", "triton and agrees", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *flags, __file__]
     result = subprocess.run(
         command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
     )
