@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from drcnn.ops.backend import implementation, native_load_error, register
+from drcnn.ops.backend import implementation, native_defines, register
 from drcnn.ops.shapes import check_boxes, check_shape, computation_dtype
 
 
@@ -199,5 +199,5 @@ def _fake(
 
 
 torch.library.register_fake("drcnn_triton::assign_targets", _fake)
-if native_load_error is None:
+if native_defines("assign_targets"):
     torch.library.register_fake("drcnn::assign_targets", _fake)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from drcnn.ops.backend import implementation, native_load_error, register
+from drcnn.ops.backend import implementation, native_defines, register
 from drcnn.ops.shapes import check_boxes, computation_dtype
 
 
@@ -134,5 +134,5 @@ def _register_fake_and_autograd(namespace: str) -> None:
 
 
 _register_fake_and_autograd("drcnn_triton")
-if native_load_error is None:
+if native_defines("box_iou"):
     _register_fake_and_autograd("drcnn")

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from drcnn.ops.backend import implementation, native_load_error, register
+from drcnn.ops.backend import implementation, native_defines, register
 from drcnn.ops.box_iou import overlaps
 from drcnn.ops.shapes import check_boxes, check_shape, computation_dtype
 
@@ -179,5 +179,5 @@ def _register_fakes(namespace: str) -> None:
 
 
 _register_fakes("drcnn_triton")
-if native_load_error is None:
+if native_defines("match_boxes", "match_boxes_best"):
     _register_fakes("drcnn")

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from drcnn.ops.backend import implementation, native_load_error, register
+from drcnn.ops.backend import implementation, native_defines, register
 from drcnn.ops.shapes import check_shape
 
 
@@ -126,5 +126,5 @@ def _fake(
 
 
 torch.library.register_fake("drcnn_triton::topk_statistics", _fake)
-if native_load_error is None:
+if native_defines("topk_statistics"):
     torch.library.register_fake("drcnn::topk_statistics", _fake)
