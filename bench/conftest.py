@@ -21,6 +21,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from drcnn.ops import backend_status, use_backend
+
 RESULTS = Path(os.environ.get("DRCNN_BENCH_RESULTS") or Path(__file__).parent / "results")
 ROUNDS = 30
 SECONDS_PER_ROW = 3.0
@@ -169,6 +171,36 @@ def compare(benchmark, copy_bandwidth, request):
         report.rows.append(row)
 
     return run
+
+
+@pytest.fixture
+def run_as():
+    """``run_as(op, implementation, device, function)``: the function, run by that implementation of ``op``.
+
+    ``implementation`` is a backend, or ``compile`` for torch.compile of the reference. What cannot run here
+    skips with the reason.
+    """
+
+    def choose(
+        op: str, implementation: str, device: str, function: Callable[[], Sequence[Tensor]]
+    ) -> Callable[[], Sequence[Tensor]]:
+        backend = "reference" if implementation == "compile" else implementation
+        status = {(choice.op, choice.device_type): choice for choice in backend_status()}[op, device]
+        if backend in status.unavailable:
+            pytest.skip(status.unavailable[backend])
+        if implementation == "triton" and device == "cpu":
+            pytest.skip("Triton's interpreter is no benchmark")
+        if implementation == "compile":
+            torch.compiler.reset()
+            function = torch.compile(function, fullgraph=True, dynamic=False)
+
+        def run() -> Sequence[Tensor]:
+            with use_backend(backend):
+                return function()
+
+        return run
+
+    return choose
 
 
 def _synchronize(device: str) -> None:
