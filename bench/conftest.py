@@ -261,7 +261,8 @@ def table(report: Report) -> list[str]:
     titles = "".join(f"{title:>12}" for title in ("median", "p20", "p80"))
     header = f"{'implementation':<16}{titles}{'speed-up':>10}{'GB moved':>10}{'of copy':>9}"
     group = None
-    for row in report.rows:
+    groups = list(dict.fromkeys((row.device, row.op, row.case) for row in report.rows))
+    for row in sorted(report.rows, key=lambda row: groups.index((row.device, row.op, row.case))):
         if (row.device, row.op, row.case) != group:
             group = (row.device, row.op, row.case)
             copy = f"copies {row.bandwidth / 1e9:.0f} GB/s"
