@@ -97,20 +97,8 @@ def small_images(root: str, batch_size: int = 4) -> DataConfig:
         root: folder with ``images`` and ``annotations/instances_{train,val,test}.json``.
         batch_size: images a step.
     """
-    splits = {
-        name: SplitConfig("images", f"annotations/instances_{name}.json") for name in ("train", "val", "test")
-    }
-    return DataConfig(
-        root,
-        **splits,
-        batch_size=batch_size,
-        short_sides=(256,),
-        max_size=448,
-        test_short_side=256,
-        test_max_size=448,
-        vflip=0.5,
-        pad_step=32,
-    )
+    folders = {"train": "images", "val": "images", "test": "images"}
+    return _at_one_scale(root, folders, batch_size, short_side=256, max_size=448)
 
 
 def synthetic_shapes(root: str, batch_size: int = 4) -> DataConfig:
@@ -120,20 +108,26 @@ def synthetic_shapes(root: str, batch_size: int = 4) -> DataConfig:
         root: folder to make.
         batch_size: images a step.
     """
-    splits = {
-        name: SplitConfig(f"images/{name}", f"annotations/instances_{name}.json") for name in ("train", "val")
-    }
+    folders = {"train": "images/train", "val": "images/val"}
+    data = _at_one_scale(root, folders, batch_size, short_side=160, max_size=256)
+    return replace(data, synthetic=SyntheticConfig())
+
+
+def _at_one_scale(
+    root: str, folders: dict[str, str], batch_size: int, short_side: int, max_size: int
+) -> DataConfig:
+    """Small images of one scale, flipped both ways; ``folders`` holds the images of each split."""
+    splits = {name: SplitConfig(folders[name], f"annotations/instances_{name}.json") for name in folders}
     return DataConfig(
         root,
         **splits,
         batch_size=batch_size,
-        short_sides=(160,),
-        max_size=256,
-        test_short_side=160,
-        test_max_size=256,
+        short_sides=(short_side,),
+        max_size=max_size,
+        test_short_side=short_side,
+        test_max_size=max_size,
         vflip=0.5,
         pad_step=32,
-        synthetic=SyntheticConfig(),
     )
 
 
