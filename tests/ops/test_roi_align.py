@@ -130,6 +130,24 @@ def test_kernel_agrees_with_reference(kernel, device, shape, size, ratio, dtype,
     _assert_same(actual, _run("reference", features, boxes, size, ratio, aligned), dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_half_precision_under_autocast_agrees_with_float32(backend, device, dtype, layout):
+    """Pooled features and gradients are those of float32, rounded once."""
+    shape = (2, 7, 5, 96, 128)
+    features, boxes = _pyramid(shape, dtype, device, layout), _boxes(shape, device, largest=150.0)
+    weight = torch.randn(2, 7, 5, 7, 7, device=device).to(dtype)
+    with torch.autocast(device, dtype=dtype):
+        actual = _run(backend, features, boxes, 7, weight=weight)
+    expected = _run("reference", [feature.float() for feature in features], boxes, 7, weight=weight.float())
+    # Half a unit in the last place; Triton's interpreter truncates, which may take a whole one.
+    is_interpreted = (backend, device) == ("triton", "cpu")
+    tolerance = torch.finfo(dtype).eps * (1.0 if is_interpreted else 0.5)
+    for a, e in zip(actual, expected, strict=True):
+        assert a.dtype == dtype and e.dtype == torch.float32
+        torch.testing.assert_close(a.float(), e, rtol=tolerance, atol=1e-5)
+
+
 def test_layouts(kernel, device):
     """Gradients have the layout of contiguous and channels-last features; others are copied."""
     shape = (2, 6, 8, 64, 96)
