@@ -22,14 +22,19 @@ ITERATIONS_1X = 90_000
 MILESTONES_1X = (60_000, 80_000)
 
 
-def faster_rcnn(backbone: ResNetName = "resnet50", num_classes: int = 80) -> FasterRCNNConfig:
+def faster_rcnn(
+    backbone: ResNetName = "resnet50", num_classes: int = 80, deformable: bool = False
+) -> FasterRCNNConfig:
     """Faster R-CNN with FPN on an ImageNet backbone.
 
     Args:
-        backbone: torchvision's name.
+        backbone: torchvision's name. `resnext101_32x4d` has no weights there and starts from none: give a
+            file by ``--model.backbone.weights``.
         num_classes: object classes, without the background.
+        deformable: modulated deformable convolution (v2) in C3 to C5.
     """
-    return FasterRCNNConfig(num_classes, ResNetConfig(backbone, weights="IMAGENET1K_V1"))
+    weights = "none" if backbone == "resnext101_32x4d" else "IMAGENET1K_V1"
+    return FasterRCNNConfig(num_classes, ResNetConfig(backbone, weights, deformable=deformable))
 
 
 def light_faster_rcnn(num_classes: int) -> FasterRCNNConfig:

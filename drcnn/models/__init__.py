@@ -6,6 +6,7 @@ from drcnn.models.detector import FasterRCNN, FasterRCNNConfig
 from drcnn.models.fpn import FPNConfig
 from drcnn.models.roi_heads import BoxHead, BoxHeadConfig
 from drcnn.models.rpn import RPN, RPNConfig
+from drcnn.models.timm_backbone import TimmConfig
 
 __all__ = [
     "RPN",
@@ -17,4 +18,5 @@ __all__ = [
     "FasterRCNNConfig",
     "RPNConfig",
     "ResNetConfig",
+    "TimmConfig",
 ]

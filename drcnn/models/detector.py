@@ -10,6 +10,7 @@ from drcnn.models.backbone import ResNetConfig
 from drcnn.models.fpn import FPNConfig
 from drcnn.models.roi_heads import BoxHeadConfig
 from drcnn.models.rpn import RPNConfig
+from drcnn.models.timm_backbone import TimmConfig
 from drcnn.structures import Detections, ImageBatch, Targets
 
 
@@ -19,7 +20,7 @@ class FasterRCNNConfig:
 
     num_classes: int = 80
     """K: object classes, without the background."""
-    backbone: ResNetConfig = field(default_factory=ResNetConfig)
+    backbone: ResNetConfig | TimmConfig = field(default_factory=ResNetConfig)
     """Backbone."""
     fpn: FPNConfig = field(default_factory=FPNConfig)
     """Feature pyramid."""
