@@ -10,6 +10,7 @@ import torch
 import drcnn
 from drcnn import presets
 from drcnn.dynamics import DynamicTrainingConfig, FixedTrainingConfig
+from drcnn.ops import backend_status, use_backend
 from drcnn.structures import ImageBatch, Targets
 
 FASTER = presets.light_faster_rcnn(num_classes=3)
@@ -224,3 +225,29 @@ def test_training_step_never_waits_for_the_gpu(config):
         finally:
             torch.cuda.set_sync_debug_mode(before)
     assert all(loss.isfinite() for loss in losses.values())
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_first_steps_agree_on_every_backend(backend):
+    choices = [choice for choice in backend_status() if choice.device_type == "cpu"]
+    for choice in choices:
+        if backend in choice.unavailable:
+            pytest.skip(f"{choice.op}: {choice.unavailable[backend]}")
+    steps = 5 if backend == "native" else 2  # the interpreter needs half a minute for one
+
+    def losses(name):
+        model = build(DYNAMIC)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        totals = []
+        with use_backend(name):
+            for step in range(steps):
+                torch.manual_seed(step)
+                total = sum(model(*batch()).values())
+                optimizer.zero_grad()
+                total.backward()
+                optimizer.step()
+                model.dynamics.update()
+                totals.append(total.detach())
+        return torch.stack(totals)
+
+    torch.testing.assert_close(losses(backend), losses("reference"), rtol=0, atol=1e-4)
