@@ -3,18 +3,26 @@
 from drcnn.models.anchors import AnchorConfig
 from drcnn.models.backbone import ResNetConfig
 from drcnn.models.detector import FasterRCNN, FasterRCNNConfig
+from drcnn.models.fcos import FCOS, FCOSConfig, FCOSHeadConfig
 from drcnn.models.fpn import FPNConfig
+from drcnn.models.retinanet import RetinaNet, RetinaNetConfig, RetinaNetHeadConfig
 from drcnn.models.roi_heads import BoxHead, BoxHeadConfig
 from drcnn.models.rpn import RPN, RPNConfig
 
 __all__ = [
+    "FCOS",
     "RPN",
     "AnchorConfig",
     "BoxHead",
     "BoxHeadConfig",
+    "FCOSConfig",
+    "FCOSHeadConfig",
     "FPNConfig",
     "FasterRCNN",
     "FasterRCNNConfig",
     "RPNConfig",
     "ResNetConfig",
+    "RetinaNet",
+    "RetinaNetConfig",
+    "RetinaNetHeadConfig",
 ]
