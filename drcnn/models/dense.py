@@ -82,10 +82,9 @@ def initialize_head(head: nn.Module, classifier: nn.Conv2d, prior: float) -> Non
         classifier: the layer whose outputs are class logits.
         prior: score of every class before training.
     """
-    for layer in head.modules():
-        if isinstance(layer, nn.Conv2d):
-            nn.init.normal_(layer.weight, std=0.01)
-            nn.init.zeros_(layer.bias)
+    for conv in (layer for layer in head.modules() if isinstance(layer, nn.Conv2d)):
+        nn.init.normal_(conv.weight, std=0.01)
+        nn.init.zeros_(conv.bias)
     nn.init.constant_(classifier.bias, -math.log((1 - prior) / prior))
 
 

@@ -1,12 +1,14 @@
 """RetinaNet and FCOS: assignment by hand, one graph, images without objects, learning, ranks."""
 
 import socket
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from drcnn import presets
 from drcnn.models import FCOSHeadConfig, FPNConfig, RetinaNetHeadConfig
@@ -232,13 +234,13 @@ def gradient(config, images: slice) -> torch.Tensor:
     return model.head.classifier.weight.grad
 
 
-def _rank(rank: int, port: int, folder) -> None:
+def _rank(port: str, folder: str, rank: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    found = [gradient(config, slice(rank, rank + 1)) for config in (RETINANET, FCOS)]
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=int(rank), world_size=2)
+    found = [gradient(config, slice(int(rank), int(rank) + 1)) for config in (RETINANET, FCOS)]
     for value in found:
         dist.all_reduce(value)
-    torch.save([value / 2 for value in found], folder / f"{rank}.pt")
+    torch.save([value / 2 for value in found], Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -247,9 +249,16 @@ def test_averaged_gradients_of_ranks_are_those_of_one_rank(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.start_processes(_rank, (port, tmp_path), nprocs=2, start_method="fork")
+    # New processes, not forks: autograd's threads of the tests before would not survive a fork.
+    command = [sys.executable, __file__, str(port), str(tmp_path)]
+    processes = [subprocess.Popen([*command, str(rank)]) for rank in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
     for i, config in enumerate((RETINANET, FCOS)):
         expected = gradient(config, slice(None))
         for rank in range(2):
             found = torch.load(tmp_path / f"{rank}.pt")[i]
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
+
+
+if __name__ == "__main__":
+    _rank(*sys.argv[1:])
