@@ -189,6 +189,6 @@ def voc(root: str = "data/VOCdevkit") -> DataConfig:
 def voc_schedule() -> OptimConfig:
     """SGD for PASCAL VOC (Stitcher, arXiv 2004.12432): 0.01, a tenth for the last third of 24,000 iterations.
 
-    The paper does not say for which batch; 16 images are what the field uses with this learning rate.
+    The paper gives no batch; 16 images is usual at this learning rate.
     """
     return OptimConfig(lr=0.01, iterations=24_000, milestones=(16_000,))

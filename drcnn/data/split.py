@@ -76,7 +76,7 @@ def _hint(paths: SplitConfig, split: str) -> str:
     if paths.format == "voc" and "VOC20" in paths.files[0]:
         return (
             "extract the tars of VOC 2007 (trainval, test) and 2012 (trainval) from "
-            "http://host.robots.ox.ac.uk/pascal/VOC/ and pass --data.root VOCdevkit, the folder that they make"
+            "http://host.robots.ox.ac.uk/pascal/VOC/ and pass --data.root VOCdevkit, the folder they make"
         )
     if paths.format == "coco" and ("2017" in name or "2014" in name):
         year = "2017" if "2017" in name else "2014"

@@ -1,7 +1,7 @@
 """Reading PASCAL VOC: an XML file for each image, and text files that list the images of a split.
 
-Coordinates in the files are 1-based inclusive pixel numbers. In the continuous coordinates of this package the
-same pixels are x1 = xmin - 1, y1 = ymin - 1, x2 = xmax, y2 = ymax, with the width and height that VOC's tools use.
+Coordinates in the files are 1-based inclusive pixel numbers. In the continuous coordinates of this package
+these are x1 = xmin - 1, y1 = ymin - 1, x2 = xmax, y2 = ymax, as wide as VOC says: xmax - xmin + 1.
 Objects marked ``difficult`` are handled as crowd regions are: not trained on, and ignored in evaluation.
 """
 
@@ -181,7 +181,7 @@ def _listed(image_sets: Sequence[Path], images: Path | None, hint: str) -> list[
             above = [folder for folder in image_set.parents if folder.name == "ImageSets"]
             if not above:
                 raise DataError(
-                    f"image set {image_set} does not lie in a folder ImageSets with Annotations and JPEGImages "
+                    f"image set {image_set} is in no folder ImageSets with Annotations and JPEGImages "
                     "beside it; arrange the data as VOC does, or name the folder of the xml files instead"
                 )
             xml_folder, image_folder = (

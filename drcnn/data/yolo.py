@@ -1,9 +1,9 @@
 """Reading YOLO's format: a ``data.yaml`` and, for each image, a text file with a row for each object.
 
 A row is ``class cx cy w h`` or, for segmentation, ``class x1 y1 x2 y2 x3 y3 ...``, in fractions of the
-image's width and height. The labels of ``.../images/.../NAME.jpg`` lie in ``.../labels/.../NAME.txt``; an image
-without such a file has no objects. The tools of this format turn images upright by their EXIF orientation
-before they label them, so sizes and pixels are upright here too.
+image's width and height. The labels of ``.../images/.../NAME.jpg`` lie in ``.../labels/.../NAME.txt``; an
+image without such a file has no objects. The tools of this format turn images upright by their EXIF
+orientation before they label them, so sizes and pixels are upright here too.
 """
 
 import os

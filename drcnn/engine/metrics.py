@@ -70,6 +70,11 @@ class Metrics:
         """Returns everything as an indented json text; -1 marks undefined numbers."""
         return json.dumps(self.to_dict(), indent=1)
 
+    def headline(self) -> str:
+        """Returns the numbers that matter most as one line."""
+        names = ("AP", "AP50", "AP75", "AP90", "VOC07", "VOC12")
+        return "  ".join(f"{name} {self.summary[name]:.3f}" for name in names if name in self.summary)
+
     def table(self) -> RenderableType:
         """Returns the numbers as tables for ``rich``; undefined ones read "n/a"."""
         parts = []

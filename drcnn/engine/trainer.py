@@ -28,7 +28,6 @@ from drcnn.engine.progress import Display, MetricsFile, memory_mb
 from drcnn.engine.signals import RunStopped, StopRequest
 from drcnn.engine.splits import open_splits
 from drcnn.engine.summary import build_model, summarize
-from drcnn.engine.voc_metrics import VOC_NAMES
 from drcnn.engine.window import LossWindow
 from drcnn.errors import ConfigError, TrainingError
 from drcnn.weights import load_backbone_weights
@@ -279,9 +278,7 @@ class Trainer:
             amp=self.config.train.amp,
             progress=progress,
         )
-        shown = ("AP", "AP50", "AP75", "AP90", *VOC_NAMES)
-        numbers = "  ".join(f"{k} {metrics.summary[k]:.3f}" for k in shown if k in metrics.summary)
-        self.display.say(f"step {step}  {split}  {numbers}")
+        self.display.say(f"step {step}  {split}  {metrics.headline()}")
         if self.metrics is not None:
             self.metrics.write({"step": step, "split": split, **metrics.summary})
         return metrics
