@@ -5,7 +5,7 @@ Numbers are those of Dynamic R-CNN (arXiv 2004.06002, section 5.1) unless said o
 
 from dataclasses import replace
 
-from drcnn.data import DataConfig, SplitConfig, SyntheticConfig
+from drcnn.data import VOC_CLASSES, DataConfig, SplitConfig, SyntheticConfig
 from drcnn.dynamics import DynamicTrainingConfig
 from drcnn.engine.optim import OptimConfig
 from drcnn.models import (
@@ -224,3 +224,32 @@ def dense_schedule(times: int = 1) -> OptimConfig:
         times: multiple of "1x".
     """
     return replace(schedule(times), lr=0.01)
+
+
+def voc(root: str = "data/VOCdevkit") -> DataConfig:
+    """PASCAL VOC: trains on 2007 and 2012 trainval, evaluates on 2007 test; 600 pixels, at most 1000.
+
+    Args:
+        root: folder with ``VOC2007`` and ``VOC2012``, as the tars leave it.
+    """
+    return DataConfig(
+        root,
+        train=SplitConfig(
+            annotations=("VOC2007/ImageSets/Main/trainval.txt", "VOC2012/ImageSets/Main/trainval.txt")
+        ),
+        val=SplitConfig(annotations="VOC2007/ImageSets/Main/test.txt"),
+        classes=VOC_CLASSES,
+        workers=4,
+        short_sides=(600,),
+        max_size=1000,
+        test_short_side=600,
+        test_max_size=1000,
+    )
+
+
+def voc_schedule() -> OptimConfig:
+    """SGD for PASCAL VOC (Stitcher, arXiv 2004.12432): 0.01, a tenth for the last third of 24,000 iterations.
+
+    The paper gives no batch; 16 images is usual at this learning rate.
+    """
+    return OptimConfig(lr=0.01, iterations=24_000, milestones=(16_000,))

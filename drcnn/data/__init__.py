@@ -10,8 +10,11 @@ from drcnn.data.sampler import StreamSampler
 from drcnn.data.split import Split, load_split
 from drcnn.data.synthetic import SyntheticConfig, make_synthetic
 from drcnn.data.transforms import augment, resize_for_test, resized_shape
+from drcnn.data.voc import VOC_CLASSES, read_voc
+from drcnn.data.yolo import read_yolo
 
 __all__ = [
+    "VOC_CLASSES",
     "Batch",
     "BatchLoader",
     "CocoDataset",
@@ -30,6 +33,8 @@ __all__ = [
     "pad_images",
     "pad_targets",
     "read_coco",
+    "read_voc",
+    "read_yolo",
     "resize_for_test",
     "resized_shape",
     "train_loader",
