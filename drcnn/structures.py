@@ -63,9 +63,12 @@ class Detections(NamedTuple):
         scores (Tensor[B, D]): confidence in 0..1; zeros where not valid.
         labels (Tensor[B, D]): int64 in 0..K-1; zeros where not valid.
         valid (Tensor[B, D]): bool, False for padding.
+        masks (Tensor[B, D, M, M] | None): float32 probability in 0..1 of the object in M x M equal cells of
+            its box; meaningless where not valid; None from detectors without masks.
     """
 
     boxes: Tensor
     scores: Tensor
     labels: Tensor
     valid: Tensor
+    masks: Tensor | None = None

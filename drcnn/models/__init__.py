@@ -2,8 +2,10 @@
 
 from drcnn.models.anchors import AnchorConfig
 from drcnn.models.backbone import ResNetConfig
+from drcnn.models.cascade import CascadeHead, CascadeHeadConfig
 from drcnn.models.detector import FasterRCNN, FasterRCNNConfig
 from drcnn.models.fpn import FPNConfig
+from drcnn.models.mask_head import MaskHead, MaskHeadConfig
 from drcnn.models.roi_heads import BoxHead, BoxHeadConfig
 from drcnn.models.rpn import RPN, RPNConfig
 
@@ -12,9 +14,13 @@ __all__ = [
     "AnchorConfig",
     "BoxHead",
     "BoxHeadConfig",
+    "CascadeHead",
+    "CascadeHeadConfig",
     "FPNConfig",
     "FasterRCNN",
     "FasterRCNNConfig",
+    "MaskHead",
+    "MaskHeadConfig",
     "RPNConfig",
     "ResNetConfig",
 ]

@@ -12,7 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from drcnn.dynamics import Assignment, DynamicTraining, FixedTraining, regression_error
+from drcnn.dynamics import (
+    Assignment,
+    DynamicTraining,
+    DynamicTrainingConfig,
+    FixedTraining,
+    FixedTrainingConfig,
+    regression_error,
+)
 from drcnn.models.boxes import clip_boxes, decode_deltas, has_size
 from drcnn.models.samplers import sample_slots
 from drcnn.ops import assign_targets, match_boxes, nms, roi_align, smooth_l1
@@ -48,6 +55,12 @@ class BoxHeadConfig:
     detections: int = 100
     """Most detections per image."""
 
+    def policy(
+        self, training: FixedTrainingConfig | DynamicTrainingConfig
+    ) -> FixedTraining | DynamicTraining:
+        """Makes the policy that the head trains with."""
+        return training.build()
+
     def build(self, in_channels: int, strides: Sequence[int], num_classes: int) -> "BoxHead":
         """Makes the head over pyramid levels of these channels and strides."""
         return BoxHead(self, in_channels, strides, num_classes)
@@ -60,12 +73,16 @@ class Samples(NamedTuple):
         boxes (Tensor[B, S, 4]): xyxy in pixels.
         labels (Tensor[B, S]): int64 in 0..K, K for background and padding.
         deltas (Tensor[B, S, 4]): regression targets.
+        gt_index (Tensor[B, S]): int64, the ground truth with the largest IoU.
+        is_gt (Tensor[B, S]): bool, True for ground truths that joined the proposals.
         valid (Tensor[B, S]): bool.
     """
 
     boxes: Tensor
     labels: Tensor
     deltas: Tensor
+    gt_index: Tensor
+    is_gt: Tensor
     valid: Tensor
 
 
@@ -121,44 +138,64 @@ class BoxHead(nn.Module):
         features: Sequence[Tensor],
         proposals: Tensor,
         valid: Tensor,
+        images: ImageBatch,
         targets: Targets,
         training: FixedTraining | DynamicTraining,
-    ) -> dict[str, Tensor]:
+    ) -> tuple[dict[str, Tensor], Samples]:
         """Labels and samples the proposals under the policy's threshold and computes the losses.
 
         Args:
             features: one Tensor[B, C, H_l, W_l] for each stride.
             proposals (Tensor[B, P, 4]): xyxy in pixels.
             valid (Tensor[B, P]): bool.
+            images: the batch.
             targets: ground truths.
             training: the policy; it gives the IoU threshold and beta and records the assignment.
 
         Returns:
-            dict: ``loss_classification`` (mean over the sampled proposals) and ``loss_box`` (sum over the
-            positives' four deltas, divided by the number of sampled proposals).
+            tuple[dict, Samples]: the losses of `sampled_losses`, and the slots that can hold positives.
         """
-        with torch.no_grad():
-            samples = self.sample(proposals, valid, targets, training)
-            count = samples.valid.sum().clamp(min=1)
-            # Only the first slots can hold positives.
-            most = min(self.max_positive, samples.labels.shape[1])
-            labels, wanted = samples.labels[:, :most], samples.deltas[:, :most]
-            positive = labels < self.num_classes
-        logits, deltas = self(features, samples.boxes)
+        samples = self.sample(proposals, valid, targets, training)
+        losses, _ = self.sampled_losses(features, samples, training)
+        return losses, self.positive_slots(samples)
+
+    def sampled_losses(
+        self, features: Sequence[Tensor], samples: Samples, training: FixedTraining | DynamicTraining
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Computes the losses of sampled proposals.
+
+        Args:
+            features: one Tensor[B, C, H_l, W_l] for each stride.
+            samples: labelled proposals, positives first.
+            training: the policy; it gives beta.
+
+        Returns:
+            tuple[dict, Tensor[B, S, K or 1, 4]]: ``loss_classification`` (mean over the sampled proposals)
+            and ``loss_box`` (sum over the positives' four deltas, divided by the number of sampled
+            proposals); the predicted deltas.
+        """
+        count = samples.valid.sum().clamp(min=1)
+        logits, predicted = self(features, samples.boxes)
         classification = F.cross_entropy(logits.flatten(0, 1), samples.labels.flatten(), reduction="none")
         classification = torch.where(samples.valid.flatten(), classification, 0.0).sum()
-        deltas = deltas[:, :most]
+        slots = self.positive_slots(samples)
+        deltas = predicted[:, : slots.labels.shape[1]]
         if not self.config.class_agnostic:
-            own = labels.clamp(max=self.num_classes - 1)[:, :, None, None].expand(-1, -1, 1, 4)
+            own = slots.labels.clamp(max=self.num_classes - 1)[:, :, None, None].expand(-1, -1, 1, 4)
             deltas = deltas.gather(2, own)
-        box = smooth_l1(deltas.squeeze(2), wanted, training.beta, positive)
-        return {"loss_classification": classification / count, "loss_box": box / count}
+        box = smooth_l1(deltas.squeeze(2), slots.deltas, training.beta, slots.labels < self.num_classes)
+        return {"loss_classification": classification / count, "loss_box": box / count}, predicted
+
+    def positive_slots(self, samples: Samples) -> Samples:
+        """Cuts samples to the first slots, the only ones that can hold positives."""
+        return Samples(*(part[:, : self.max_positive] for part in samples))
 
     @property
     def max_positive(self) -> int:
         """Most positives among the samples of an image."""
         return int(self.config.samples * self.config.positive_fraction)
 
+    @torch.no_grad()
     def sample(
         self,
         proposals: Tensor,
@@ -212,8 +249,14 @@ class BoxHead(nn.Module):
             )
         )
         rows = index.unsqueeze(-1).expand(-1, -1, 4)
-        labels = torch.where(drawn, labels.gather(1, index), self.num_classes)
-        return Samples(proposals.gather(1, rows), labels, deltas.gather(1, rows), drawn)
+        return Samples(
+            boxes=proposals.gather(1, rows),
+            labels=torch.where(drawn, labels.gather(1, index), self.num_classes),
+            deltas=deltas.gather(1, rows),
+            gt_index=match.gt_index.gather(1, index),
+            is_gt=is_gt.gather(1, index),
+            valid=drawn,
+        )
 
     def detect(
         self, features: Sequence[Tensor], proposals: Tensor, valid: Tensor, images: ImageBatch
@@ -229,15 +272,28 @@ class BoxHead(nn.Module):
         Returns:
             Detections: D = ``config.detections`` slots per image (or all candidates, if they are fewer).
         """
-        config = self.config
         logits, deltas = self(features, proposals)
-        scores = logits.softmax(dim=-1)[..., : self.num_classes]
-        boxes = decode_deltas(proposals.unsqueeze(2), deltas, config.delta_weights)
+        boxes = decode_deltas(proposals.unsqueeze(2), deltas, self.config.delta_weights)
+        return self.select(logits.softmax(dim=-1), boxes, valid, images)
+
+    def select(self, scores: Tensor, boxes: Tensor, valid: Tensor, images: ImageBatch) -> Detections:
+        """Keeps the best of scored boxes after NMS by class.
+
+        Args:
+            scores (Tensor[B, P, K + 1]): probabilities, the background's last.
+            boxes (Tensor[B, P, K or 1, 4]): xyxy in pixels.
+            valid (Tensor[B, P]): bool.
+            images: the batch, for the sizes of its images.
+
+        Returns:
+            Detections: as `detect`.
+        """
+        config = self.config
         # Scores of a proposal sum to at most 1, so no more than 1 / threshold of them can pass.
         limit = self.num_classes
         if config.score_threshold > 0:
             limit = min(limit, math.ceil(1 / config.score_threshold))
-        scores, labels = scores.topk(limit, dim=-1)
+        scores, labels = scores[..., : self.num_classes].topk(limit, dim=-1)
         if config.class_agnostic:
             boxes = boxes.expand(-1, -1, limit, -1)
         else:
