@@ -213,7 +213,7 @@ void decide_all(std::vector<Image>& images, float threshold, int64_t slots) {
 
 std::tuple<Tensor, Tensor> nms_cpu(const Tensor& boxes, const Tensor& scores, const Tensor& groups,
                                    const Tensor& valid, double iou_threshold, int64_t slots) {
-  const NmsArguments args(boxes, scores, groups, valid, iou_threshold, slots);
+  const NmsArguments args("nms", boxes, scores, groups, valid, iou_threshold, slots);
   Tensor index = args.new_output(ScalarType::Long);
   Tensor kept = args.new_output(ScalarType::Bool);
   std::vector<Image> images(args.images);

@@ -14,6 +14,7 @@
 
 #include "launch.h"
 #include "nms_arguments.h"
+#include "nms_buckets.h"
 
 namespace drcnn {
 namespace {
@@ -23,8 +24,6 @@ constexpr int kChunk = 64;                  // boxes that are decided together; 
 constexpr int kParts = kThreads / kChunk;   // threads that share the test of one box against the kept ones
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kAhead = 4;                   // kept boxes that a thread loads before it looks at the result
-constexpr int kBucketBits = 8;
-constexpr int kBuckets = 1 << kBucketBits;  // bucket kBuckets itself holds the boxes that are not valid
 constexpr int kKeyThreads = 256;
 constexpr int kOutputThreads = 1024;
 constexpr int kOutputItems = 4;
@@ -50,12 +49,6 @@ __global__ void __launch_bounds__(kKeyThreads)
   work.values[i] = static_cast<uint32_t>(i - image * count);
 }
 
-__device__ uint64_t bucket_of(int64_t group) {
-  uint64_t bits = static_cast<uint64_t>(group);
-  for (int shift = 32; shift >= kBucketBits; shift /= 2) bits ^= bits >> shift;
-  return bits & (kBuckets - 1);
-}
-
 __global__ void __launch_bounds__(kKeyThreads)
     nms_bucket_keys_kernel(const int64_t* groups, const bool* valid, int64_t total, int64_t count,
                            Workspace work) {
@@ -68,21 +61,6 @@ __global__ void __launch_bounds__(kKeyThreads)
   work.values[i] = static_cast<uint32_t>(i - image * count);
   work.keep[i] = false;
 }
-
-// The first entry of [begin, end) that is not below the key.
-__device__ int64_t lower_bound(const uint64_t* keys, int64_t begin, int64_t end, uint64_t key) {
-  while (begin < end) {
-    const int64_t middle = begin + (end - begin) / 2;
-    if (keys[middle] < key) {
-      begin = middle + 1;
-    } else {
-      end = middle;
-    }
-  }
-  return begin;
-}
-
-__device__ Corners corners_of(const float4& box) { return {box.x, box.y, box.z, box.w}; }
 
 // The boxes that are being decided.
 struct Chunk {
@@ -310,7 +288,7 @@ void decide(const NmsArguments& args, cudaStream_t stream, WorkspaceMemory& memo
 std::tuple<Tensor, Tensor> nms_cuda(const Tensor& boxes, const Tensor& scores, const Tensor& groups,
                                     const Tensor& valid, double iou_threshold, int64_t slots) {
   const torch::stable::accelerator::DeviceGuard guard(boxes.get_device_index());
-  const NmsArguments args(boxes, scores, groups, valid, iou_threshold, slots);
+  const NmsArguments args("nms", boxes, scores, groups, valid, iou_threshold, slots);
   STD_TORCH_CHECK(args.images * std::max(args.count, int64_t{kBuckets}) <= std::numeric_limits<int32_t>::max(),
                   "nms: more than 2^31 - 1 boxes, or 2^23 - 1 images");
   Tensor index = args.new_output(ScalarType::Long);

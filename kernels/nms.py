@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 _CHUNK = 64  # boxes that are decided together
-_MOST_BUCKETS = 256
+MOST_BUCKETS = 256
 _OUTPUT_BLOCK = 1024
 
 
@@ -146,8 +146,8 @@ def nms(
     if index.numel() == 0:
         return index, kept
     order = scores.sort(dim=1, descending=True, stable=True).indices
-    buckets = min(_MOST_BUCKETS, triton.next_power_of_2(triton.cdiv(count, _CHUNK)))
-    bucket = torch.where(valid, _bucket_of(groups, buckets), buckets).gather(1, order)
+    buckets = min(MOST_BUCKETS, triton.next_power_of_2(triton.cdiv(count, _CHUNK)))
+    bucket = torch.where(valid, bucket_of(groups, buckets), buckets).gather(1, order)
     bucket, ranks = bucket.sort(dim=1, stable=True)
     edges = torch.arange(buckets + 1, device=boxes.device).expand(images, -1).contiguous()
     bounds = torch.searchsorted(bucket, edges)
@@ -177,7 +177,7 @@ def nms(
     return index, kept
 
 
-def _bucket_of(groups: Tensor, buckets: int) -> Tensor:
+def bucket_of(groups: Tensor, buckets: int) -> Tensor:
     """Numbers below ``buckets``, a power of two; equal groups get equal ones."""
     for shift in (32, 16, 8):
         groups = groups ^ (groups >> shift)

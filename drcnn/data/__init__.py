@@ -1,7 +1,7 @@
 """Data sets, transforms and loaders."""
 
 from drcnn.data.coco import CocoDataset, read_coco
-from drcnn.data.config import DataConfig, SplitConfig
+from drcnn.data.config import AugmentationConfig, DataConfig, SplitConfig
 from drcnn.data.image import load_image
 from drcnn.data.loader import Batch, BatchLoader, eval_loader, train_loader
 from drcnn.data.padding import canvas_ladder, pad_images, pad_targets
@@ -10,11 +10,13 @@ from drcnn.data.sampler import StreamSampler
 from drcnn.data.split import Split, load_split
 from drcnn.data.synthetic import SyntheticConfig, make_synthetic
 from drcnn.data.transforms import augment, resize_for_test, resized_shape
+from drcnn.data.views import View, eval_views, make_view, pad_view
 from drcnn.data.voc import VOC_CLASSES, read_voc
 from drcnn.data.yolo import read_yolo
 
 __all__ = [
     "VOC_CLASSES",
+    "AugmentationConfig",
     "Batch",
     "BatchLoader",
     "CocoDataset",
@@ -24,14 +26,18 @@ __all__ = [
     "SplitConfig",
     "StreamSampler",
     "SyntheticConfig",
+    "View",
     "augment",
     "canvas_ladder",
     "eval_loader",
+    "eval_views",
     "load_image",
     "load_split",
     "make_synthetic",
+    "make_view",
     "pad_images",
     "pad_targets",
+    "pad_view",
     "read_coco",
     "read_voc",
     "read_yolo",

@@ -1,6 +1,6 @@
 """What a run reads: the folders, the order and size of batches, and how images are resized."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Literal
 
@@ -49,6 +49,43 @@ class SplitConfig:
 
 
 @dataclass(frozen=True)
+class AugmentationConfig:
+    """Test-time augmentation: detections of several scales and flips of an image are merged by NMS by class.
+
+    Without scales and flips, which is the default, images are tested plainly.
+
+    Raises:
+        ConfigError: if a value cannot be used.
+    """
+
+    short_sides: tuple[int, ...] = ()
+    """Lengths in pixels of the shorter image side, one view for each; none stands for the usual one."""
+    max_size: int = 2000
+    """Greatest length in pixels of the longer side at these scales."""
+    hflip: bool = False
+    """Show each scale flipped left to right too."""
+    vflip: bool = False
+    """Show each scale upside down too."""
+    nms: float = 0.5
+    """IoU above which the lower of two merged detections of a class is dropped."""
+    soft_nms: Literal["off", "linear", "gaussian"] = "off"
+    """Lower the scores of overlapping detections instead (Soft-NMS)."""
+    soft_nms_sigma: float = 0.5
+    """Width of the Gaussian of Soft-NMS."""
+    score_threshold: float = 0.001
+    """Least score after Soft-NMS."""
+    detections: int = 100
+    """Most detections per image."""
+
+    def __post_init__(self) -> None:
+        """Checks the ranges of the numbers."""
+        positive = {"short_sides": min(self.short_sides, default=1), "max_size": self.max_size}
+        for name, value in (positive | {"detections": self.detections}).items():
+            if value < 1:
+                raise ConfigError(f"data.test_augmentation.{name} must be at least 1, got {value}")
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """The data of a run.
 
@@ -76,6 +113,8 @@ class DataConfig:
     """Length in pixels of the shorter image side outside training."""
     test_max_size: int = 1333
     """Greatest length in pixels of the longer image side outside training."""
+    test_augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    """Scales and flips of every evaluation and prediction, of which the detections are merged."""
     hflip: float = 0.5
     """Probability of flipping a training image left to right."""
     vflip: float = 0.0

@@ -18,7 +18,8 @@ from drcnn.data.coco import CocoDataset
 from drcnn.data.config import DataConfig
 from drcnn.data.padding import pad_images, pad_targets
 from drcnn.data.sampler import StreamSampler, augmentation_generator
-from drcnn.data.transforms import augment, resize_for_test, resized_shape, scale_boxes
+from drcnn.data.transforms import augment, resized_shape, scale_boxes
+from drcnn.data.views import eval_views, make_view, pad_view
 from drcnn.errors import ConfigError, DataError
 from drcnn.structures import ImageBatch, Targets
 
@@ -33,18 +34,22 @@ class Batch(NamedTuple):
         targets (Targets): ground truths without crowd regions, in pixels of the network input.
         indices (Tensor[B]): int64 place of each image in the data set.
         original_sizes (Tensor[B, 2]): int64 height and width of the image files.
+        more_views (tuple[ImageBatch, ...]): with test-time augmentation the images in the views after the
+            first, which ``images`` is.
     """
 
     images: ImageBatch
     targets: Targets
     indices: Tensor
     original_sizes: Tensor
+    more_views: tuple[ImageBatch, ...] = ()
 
     def to(self, device: torch.device | str) -> "Batch":
         """Copies the batch to ``device``; asynchronous when the source is pinned memory."""
         sizes = self.original_sizes.to(device, non_blocking=True)
         indices = self.indices.to(device, non_blocking=True)
-        return Batch(self.images.to(device), self.targets.to(device), indices, sizes)
+        views = tuple(view.to(device) for view in self.more_views)
+        return Batch(self.images.to(device), self.targets.to(device), indices, sizes, views)
 
     def pin_memory(self) -> "Batch":
         """Copies the batch to page-locked memory."""
@@ -53,6 +58,7 @@ class Batch(NamedTuple):
             self.targets.pin_memory(),
             self.indices.pin_memory(),
             self.original_sizes.pin_memory(),
+            tuple(view.pin_memory() for view in self.more_views),
         )
 
 
@@ -68,6 +74,7 @@ class _Example(NamedTuple):
     labels: Tensor
     index: int
     original_size: tuple[int, int]
+    more_views: list[Tensor]
 
 
 class _Failure(NamedTuple):
@@ -92,13 +99,14 @@ class _Examples(Dataset):
         size = array.shape[0], array.shape[1]
         own = ~dataset.crowd(index)
         boxes, labels = dataset.boxes(index)[own], torch.from_numpy(dataset.labels(index)[own])
+        more_views: list[Tensor] = []
         if self._seed is None:
-            image = resize_for_test(array, config.test_short_side, config.test_max_size)
+            image, *more_views = (make_view(array, view) for view in eval_views(config))
             resized = scale_boxes(boxes, size, (image.shape[-2], image.shape[-1]))
         else:
             generator = augmentation_generator(self._seed, key.step, key.slot)
             image, resized = augment(array, boxes, config, generator)
-        return _Example(image, resized, labels, index, size)
+        return _Example(image, resized, labels, index, size, more_views)
 
 
 class _Collate:
@@ -109,12 +117,22 @@ class _Collate:
         for example in examples:
             if isinstance(example, _Failure):
                 return example
+        images, *more_views = self._pad(examples)
         return Batch(
-            pad_images([e.image for e in examples], self._config, train=self._train),
+            images,
             pad_targets([e.boxes for e in examples], [e.labels for e in examples]),
             torch.tensor([e.index for e in examples], dtype=torch.int64),
             torch.tensor([e.original_size for e in examples], dtype=torch.int64),
+            tuple(more_views),
         )
+
+    def _pad(self, examples: list[_Example]) -> list[ImageBatch]:
+        """One batch for each view."""
+        config = self._config
+        if self._train:
+            return [pad_images([e.image for e in examples], config, train=True)]
+        shown = zip(*((e.image, *e.more_views) for e in examples), strict=True)
+        return [pad_view(own, view, config) for own, view in zip(shown, eval_views(config), strict=True)]
 
 
 class _TrainKeys:
@@ -213,8 +231,9 @@ def eval_loader(
     Returns:
         BatchLoader: batches without augmentation.
     """
+    view = eval_views(config)[0]
     shapes = [
-        resized_shape(int(h), int(w), config.test_short_side, config.test_max_size)
+        resized_shape(int(h), int(w), view.short_side, view.max_size)
         for h, w in zip(dataset.heights, dataset.widths, strict=True)
     ]
     heights, widths = np.array(shapes).T

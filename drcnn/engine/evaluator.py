@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from drcnn.data import CocoDataset, DataConfig, eval_loader
+from drcnn.engine.augmented import detect_views
 from drcnn.engine.distributed import gather_objects, rank, world_size
 from drcnn.engine.metrics import Metrics, evaluate_results
 from drcnn.engine.voc_metrics import with_voc_ap
@@ -151,7 +152,7 @@ def detect(
         for batch in loader:
             batch = batch.to(device)
             with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-                detections = model(batch.images)
+                detections = detect_views(model, (batch.images, *batch.more_views), data_config)
             indices = batch.indices.tolist()
             ids = [int(dataset.image_ids[i]) for i in indices]
             found = to_coco_results(

@@ -11,7 +11,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from drcnn.data import CocoDataset, DataConfig, load_image, pad_images, resize_for_test
+from drcnn.data import CocoDataset, DataConfig, eval_views, load_image, make_view, pad_view
+from drcnn.engine.augmented import detect_views
 from drcnn.engine.drawing import draw_boxes
 from drcnn.engine.evaluator import AMP_TYPES, scale_boxes
 from drcnn.errors import DataError
@@ -156,17 +157,17 @@ class Predictor:
     def _detect(self, sources: Sequence[ImageLike], score_threshold: float | None) -> list[Result]:
         images = [_to_array(source) for source in sources]
         config = self.data_config
-        resized = [resize_for_test(i, config.test_short_side, config.test_max_size) for i in images]
-        batch = pad_images(resized, config).to(self.device)
+        views = eval_views(config)
+        batches = [pad_view([make_view(i, v) for i in images], v, config).to(self.device) for v in views]
         was_training = self.model.training
         self.model.eval()
         try:
             with torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None):
-                found = self.model(batch)
+                found = detect_views(self.model, batches, config)
         finally:
             self.model.train(was_training)
         original_sizes = torch.tensor([image.shape[:2] for image in images])
-        boxes = scale_boxes(found.boxes, batch.sizes, original_sizes).cpu()
+        boxes = scale_boxes(found.boxes, batches[0].sizes, original_sizes).cpu()
         scores, labels, valid = found.scores.float().cpu(), found.labels.cpu(), found.valid.cpu()
         if score_threshold is not None:
             valid = valid & (scores >= score_threshold)

@@ -22,7 +22,8 @@ from drcnn.dynamics import (
 )
 from drcnn.models.boxes import clip_boxes, decode_deltas, has_size
 from drcnn.models.samplers import sample_slots
-from drcnn.ops import assign_targets, match_boxes, nms, roi_align, smooth_l1
+from drcnn.models.suppression import SoftNms, suppress
+from drcnn.ops import assign_targets, match_boxes, roi_align, smooth_l1
 from drcnn.structures import Detections, ImageBatch, Targets
 
 
@@ -52,6 +53,10 @@ class BoxHeadConfig:
     """Detections must score above."""
     nms: float = 0.5
     """IoU above which the lower detection of a class is dropped."""
+    soft_nms: SoftNms = "off"
+    """Lower the scores of overlapping detections instead (Soft-NMS), down to the score threshold."""
+    soft_nms_sigma: float = 0.5
+    """Width of the Gaussian of Soft-NMS."""
     detections: int = 100
     """Most detections per image."""
 
@@ -302,11 +307,4 @@ class BoxHead(nn.Module):
         passed = (scores > config.score_threshold) & valid.unsqueeze(-1)
         scores, labels = scores.flatten(1), labels.flatten(1)
         passed = passed.flatten(1) & has_size(boxes, 1e-2)
-        kept = nms(boxes, scores, labels, config.nms, config.detections, passed)
-        boxes = boxes.gather(1, kept.index.unsqueeze(-1).expand(-1, -1, 4))
-        return Detections(
-            torch.where(kept.valid.unsqueeze(-1), boxes, 0.0),
-            torch.where(kept.valid, scores.gather(1, kept.index), 0.0),
-            torch.where(kept.valid, labels.gather(1, kept.index), 0),
-            kept.valid,
-        )
+        return suppress(boxes, scores, labels, passed, config)

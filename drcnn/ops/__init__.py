@@ -7,6 +7,7 @@ from drcnn.ops.match_boxes import MatchResult, match_boxes
 from drcnn.ops.nms import NmsResult, nms
 from drcnn.ops.roi_align import fpn_level, roi_align
 from drcnn.ops.smooth_l1 import smooth_l1
+from drcnn.ops.soft_nms import SoftNmsResult, soft_nms
 from drcnn.ops.topk_statistics import TopkStatistics, topk_statistics
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "BackendWarning",
     "MatchResult",
     "NmsResult",
+    "SoftNmsResult",
     "TopkStatistics",
     "assign_targets",
     "backend_status",
@@ -24,6 +26,7 @@ __all__ = [
     "nms",
     "roi_align",
     "smooth_l1",
+    "soft_nms",
     "topk_statistics",
     "use_backend",
 ]
