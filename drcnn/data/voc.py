@@ -89,7 +89,7 @@ def voc_source(
 def voc_class_names(image_sets: Iterable[Path], skip: Collection[SkipKind], hint: str) -> tuple[str, ...]:
     """Returns the names of the classes that occur in any of ``image_sets``, sorted; the sets may overlap."""
     problems, names = Problems(skip), set()
-    for xml in {item.xml for s in image_sets for item in _listed([s], None, hint) if item.labelled}:
+    for xml in sorted({item.xml for s in image_sets for item in _listed([s], None, hint) if item.labelled}):
         root = _parse(xml, problems)
         if root is not None:
             names.update(found.name for found in _objects(root, xml, problems))
