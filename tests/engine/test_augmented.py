@@ -1,4 +1,4 @@
-"""Test-time augmentation: one view is plain testing, flips are equivariant, all views find the same object."""
+"""Test-time augmentation: one view is plain testing, flips are equivariant, all views find one object."""
 
 import sys
 from dataclasses import replace
