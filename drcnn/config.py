@@ -23,7 +23,7 @@ from drcnn.data import DataConfig
 from drcnn.engine.optim import OptimConfig
 from drcnn.engine.trainer import TrainConfig
 from drcnn.errors import ConfigError, DrcnnError
-from drcnn.models.detector import FasterRCNNConfig
+from drcnn.models import FasterRCNNConfig, FCOSConfig, RetinaNetConfig
 
 _MARKERS = (tyro.conf.AvoidSubcommands,)
 _WORDS: dict[Any, str] = {
@@ -39,7 +39,7 @@ _WORDS: dict[Any, str] = {
 class Config:
     """Everything that defines an experiment."""
 
-    model: FasterRCNNConfig
+    model: FasterRCNNConfig | RetinaNetConfig | FCOSConfig
     """The detector."""
     data: DataConfig
     """The images and annotations, and how they are prepared."""
@@ -201,8 +201,8 @@ def _holds_dataclass(kind: Any) -> bool:
 
 
 def print_field_help(config: Config | None, program: str) -> None:
-    """Prints every field with its flag, meaning and default; those of ``config`` when there is one."""
-    default = tyro.MISSING if config is None else config
+    """Prints every field with its flag, meaning and default; those of a Faster R-CNN without ``config``."""
+    default = config or Config(model=FasterRCNNConfig(), data=tyro.MISSING)
     with contextlib.suppress(SystemExit):
         tyro.cli(Config, default=default, args=["--help"], prog=program, config=_MARKERS, description="")
 

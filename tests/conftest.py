@@ -1,6 +1,9 @@
 """Fixtures shared by all tests."""
 
+import json
+import shutil
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -60,3 +63,87 @@ def tiny_data(tiny_coco) -> DataConfig:
         test_max_size=96,
         pad_step=32,
     )
+
+
+@pytest.fixture(scope="session")
+def write_voc():
+    """Function that writes a split of COCO content with whole-numbered boxes as ``VOC2007`` in a folder."""
+
+    def element(parent, tag, text=None):
+        child = ElementTree.SubElement(parent, tag)
+        child.text = text
+        return child
+
+    def write(content: dict, images: Path, folder: Path, split: str) -> Path:
+        year = folder / "VOC2007"
+        for name in ("Annotations", "ImageSets/Main", "JPEGImages"):
+            (year / name).mkdir(parents=True, exist_ok=True)
+        names = {c["id"]: c["name"] for c in content["categories"]}
+        for image in content["images"]:
+            stem = Path(image["file_name"]).stem
+            shutil.copy(images / image["file_name"], year / "JPEGImages" / image["file_name"])
+            root = ElementTree.Element("annotation")
+            element(root, "filename", image["file_name"])
+            size = element(root, "size")
+            for side in ("width", "height"):
+                element(size, side, str(image[side]))
+            for record in content["annotations"]:
+                if record["image_id"] != image["id"]:
+                    continue
+                described = element(root, "object")
+                element(described, "name", names[record["category_id"]])
+                element(described, "difficult", str(record["iscrowd"]))
+                x, y, width, height = record["bbox"]
+                corners = {"xmin": x + 1, "ymin": y + 1, "xmax": x + width, "ymax": y + height}
+                box = element(described, "bndbox")
+                for corner, value in corners.items():
+                    element(box, corner, str(value))
+            ElementTree.ElementTree(root).write(year / "Annotations" / f"{stem}.xml")
+        listed = year / "ImageSets" / "Main" / f"{split}.txt"
+        listed.write_text("".join(f"{Path(i['file_name']).stem}\n" for i in content["images"]))
+        return listed
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def write_yolo():
+    """Function that writes a split of COCO content in YOLO's format to a folder."""
+
+    def write(content: dict, images: Path, folder: Path, split: str) -> Path:
+        for name in ("images", "labels"):
+            (folder / name / split).mkdir(parents=True, exist_ok=True)
+        ranks = {c["id"]: k for k, c in enumerate(content["categories"])}
+        for image in content["images"]:
+            width, height = image["width"], image["height"]
+            shutil.copy(images / image["file_name"], folder / "images" / split / image["file_name"])
+            rows = []
+            for record in content["annotations"]:
+                if record["image_id"] == image["id"]:
+                    x, y, w, h = record["bbox"]
+                    box = (x + w / 2) / width, (y + h / 2) / height, w / width, h / height
+                    rows.append(" ".join(map(str, (ranks[record["category_id"]], *box))))
+            label = folder / "labels" / split / f"{Path(image['file_name']).stem}.txt"
+            if rows:
+                label.write_text("\n".join([*rows, "", ""]))
+        names = [c["name"] for c in content["categories"]]
+        splits = {s: f"images/{s}" for s in ("train", "val", "test")}
+        described = folder / "data.yaml"
+        described.write_text(json.dumps({**splits, "nc": len(names), "names": names}))  # json is yaml
+        return described
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tiny_content(tiny_coco):
+    """Function that gives the content of a split of ``tiny_coco``, box areas and no masks, and its images."""
+
+    def content(split: str) -> tuple[dict, Path]:
+        content = json.loads((tiny_coco / "annotations" / f"instances_{split}.json").read_text())
+        for record in content["annotations"]:
+            del record["segmentation"]
+            record["area"] = record["bbox"][2] * record["bbox"][3]
+        return content, tiny_coco / "images" / split
+
+    return content

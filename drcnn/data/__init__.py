@@ -11,8 +11,11 @@ from drcnn.data.split import Split, load_split
 from drcnn.data.synthetic import SyntheticConfig, make_synthetic
 from drcnn.data.transforms import augment, resize_for_test, resized_shape
 from drcnn.data.views import View, eval_views, make_view, pad_view
+from drcnn.data.voc import VOC_CLASSES, read_voc
+from drcnn.data.yolo import read_yolo
 
 __all__ = [
+    "VOC_CLASSES",
     "AugmentationConfig",
     "Batch",
     "BatchLoader",
@@ -36,6 +39,8 @@ __all__ = [
     "pad_targets",
     "pad_view",
     "read_coco",
+    "read_voc",
+    "read_yolo",
     "resize_for_test",
     "resized_shape",
     "train_loader",

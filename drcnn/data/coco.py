@@ -1,4 +1,4 @@
-"""Data sets in COCO format, held in a few packed arrays.
+"""Data sets read from COCO, VOC or YOLO files, held in a few packed arrays.
 
 Python objects per annotation would be copied into every worker process as their reference counts
 change; a dozen numpy arrays stay shared, so that memory does not grow with the number of workers.
@@ -6,6 +6,7 @@ change; a dozen numpy arrays stay shared, so that memory does not grow with the 
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from drcnn.data.records import (
     image_table,
     read_json,
 )
+from drcnn.data.source import Content, Source
 from drcnn.errors import DataError
 
 
@@ -32,7 +34,7 @@ class CocoDataset:
     are the rows ``offsets[i]:offsets[i + 1]`` of the packed arrays, in the order of the file.
 
     Attributes:
-        annotation_file (Path): the COCO json file.
+        source (Source): the annotations' format and where to read them again.
         image_folder (Path): folder of the images.
         categories (list[str]): names of the K categories.
         category_ids (np.ndarray[K]): int64, ascending.
@@ -51,7 +53,7 @@ class CocoDataset:
         name_offsets (np.ndarray[N + 1]): int64, where each name begins.
     """
 
-    annotation_file: Path
+    source: Source
     image_folder: Path
     categories: list[str]
     category_ids: np.ndarray
@@ -72,6 +74,11 @@ class CocoDataset:
     def __len__(self) -> int:
         """Number of images."""
         return len(self.image_ids)
+
+    @property
+    def annotation_file(self) -> Path:
+        """The file of the annotations, or all of them joined by " + ", for messages."""
+        return self.source.name
 
     def file_name(self, index: int) -> str:
         """Name of an image's file, relative to the image folder."""
@@ -96,13 +103,15 @@ class CocoDataset:
     def load(self, index: int) -> np.ndarray:
         """Decodes an image to uint8 RGB [H, W, 3].
 
+        YOLO's tools turn images upright before they are labelled, COCO's and VOC's leave them as stored.
+
         Raises:
             DataError: naming the file and the image id, if it cannot be decoded or has another size than
                 the annotations say.
         """
         size = int(self.heights[index]), int(self.widths[index])
         try:
-            return load_image(self.image_path(index), size=size)
+            return load_image(self.image_path(index), size=size, upright=self.source.format == "yolo")
         except DataError as error:
             raise DataError(f"{error} (id {self.image_ids[index]} in {self.annotation_file})") from None
 
@@ -133,9 +142,27 @@ def read_coco(
     Raises:
         DataError: one line that names the file, the id and what to do.
     """
-    path, folder = Path(annotation_file), Path(image_folder)
-    problems = Problems(skip)
-    data = read_json(path, hint)
+    source = coco_source(Path(annotation_file), Path(image_folder), skip, hint)
+    return read_source(source, filter_empty=filter_empty, hint=hint)
+
+
+def coco_source(
+    annotation_file: Path, image_folder: Path, skip: Collection[SkipKind] = (), hint: str = "check the path"
+) -> Source:
+    """Describes a split in COCO format; see :func:`read_coco` for the arguments."""
+    return Source(
+        "coco", annotation_file, partial(_coco_content, annotation_file, image_folder, hint), tuple(skip)
+    )
+
+
+def _coco_content(path: Path, folder: Path, hint: str, problems: Problems) -> Content:
+    return Content(read_json(path, hint), folder)
+
+
+def read_source(source: Source, *, filter_empty: bool = False, hint: str = "check the path") -> CocoDataset:
+    """Reads, checks and packs the annotations of any format; see :func:`read_coco`."""
+    path, problems = source.name, Problems(source.skip)
+    data, folder = source.reader(problems)
     images = image_table(data, path)
     categories = category_table(data, path)
     annotations = annotation_table(data, path, images, categories, problems)
@@ -156,7 +183,7 @@ def read_coco(
         why = "images, or all of them were skipped" if not filter_empty else "image with a box"
         raise DataError(f"no usable image in {path}: it lists no {why}; correct the file or choose another")
     return CocoDataset(
-        annotation_file=path,
+        source=source,
         image_folder=folder,
         categories=categories.names,
         category_ids=categories.ids,

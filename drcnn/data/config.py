@@ -1,6 +1,7 @@
 """What a run reads: the folders, the order and size of batches, and how images are resized."""
 
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Literal
 
 from drcnn.data.problems import SkipKind
@@ -10,12 +11,41 @@ from drcnn.errors import ConfigError
 
 @dataclass(frozen=True)
 class SplitConfig:
-    """One split of a data set in COCO format; both paths are relative to ``DataConfig.root``."""
+    """One split of a data set in COCO, PASCAL VOC or YOLO format; paths are relative to ``DataConfig.root``.
 
-    images: str
-    """Folder of the image files."""
-    annotations: str
-    """COCO-format json file of the annotations."""
+    Raises:
+        ConfigError: if the annotations are not given or tell no format.
+    """
+
+    images: str = ""
+    """Folder of the image files. VOC and YOLO data name it themselves; there it is for other places."""
+    annotations: str | tuple[str, ...] = ""
+    """A COCO .json; a YOLO data.yaml; a VOC list of images such as VOC2007/ImageSets/Main/trainval.txt or a
+    folder of VOC .xml files, or several of these, which are joined."""
+
+    def __post_init__(self) -> None:
+        """Checks that the format can be told."""
+        _ = self.format
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The annotations as a tuple."""
+        return (self.annotations,) if isinstance(self.annotations, str) else self.annotations
+
+    @property
+    def format(self) -> Literal["coco", "voc", "yolo"]:
+        """The format that the ending of the annotations tells."""
+        endings = {PurePath(file).suffix.lower() for file in self.files if file}
+        if len(self.files) == 1 and endings == {".json"}:
+            return "coco"
+        if len(self.files) == 1 and endings in ({".yaml"}, {".yml"}):
+            return "yolo"
+        if endings and endings <= {".txt", ""} and all(self.files):
+            return "voc"
+        raise ConfigError(
+            "the annotations of a split are one COCO .json, one YOLO .yaml, or VOC lists of images (.txt) or "
+            f"folders of .xml files, got {' '.join(self.files) or 'none'}"
+        )
 
 
 @dataclass(frozen=True)
@@ -97,6 +127,8 @@ class DataConfig:
     """Padded heights and widths are multiples of this number of pixels."""
     pad_step: int = 128
     """Distance in pixels between the padded heights and widths, so that few distinct shapes occur."""
+    classes: tuple[str, ...] = ()
+    """Class names of VOC data in the order of their labels; empty: those that occur in any split, sorted."""
     skip: tuple[SkipKind, ...] = ()
     """Kinds of bad input to leave out and count, where they would otherwise stop the run."""
     synthetic: SyntheticConfig | None = None
@@ -112,6 +144,13 @@ class DataConfig:
         for name, value in positive.items():
             if value < 1:
                 raise ConfigError(f"data.{name} must be at least 1, got {value}")
+        formats = {split.format for split in (self.train, self.val, self.test) if split is not None}
+        if self.classes and formats != {"voc"}:
+            raise ConfigError(
+                "data.classes is for VOC data alone; COCO and YOLO files name their classes themselves"
+            )
+        if len(set(self.classes)) < len(self.classes):
+            raise ConfigError(f"data.classes must be different names, got {' '.join(self.classes)}")
         if self.workers < 0:
             raise ConfigError(f"data.workers must be at least 0, got {self.workers}")
         for name in ("hflip", "vflip"):

@@ -53,6 +53,39 @@ def load_image(
         raise DataError(f"image {path} cannot be decoded: {cause}") from None
 
 
+def read_size(path: str | os.PathLike[str], *, upright: bool = False) -> tuple[int, int]:
+    """Reads the size of an image from its file's header, without decoding it.
+
+    Args:
+        path (str | PathLike): the file.
+        upright (bool): the size after the EXIF orientation is applied, as ``load_image(upright=True)``
+            gives it, not that of the stored pixels.
+
+    Returns:
+        tuple[int, int]: height and width in pixels.
+
+    Raises:
+        DataError: if the file is missing or its header cannot be read.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                width, height = image.size
+                # A PNG without an EXIF block before its pixels would be decoded to look behind them.
+                if upright and not (image.format == "PNG" and "exif" not in image.info):
+                    if image.getexif().get(ExifTags.Base.Orientation) in _SIDEWAYS:
+                        width, height = height, width
+                return height, width
+    except FileNotFoundError:
+        raise DataError(f"image {path} not found") from None
+    except UnidentifiedImageError:
+        raise DataError(f"image {path} cannot be decoded: not a known image format") from None
+    except (Image.DecompressionBombError, *_DECODE_ERRORS) as error:
+        cause = " ".join(str(error).split())
+        raise DataError(f"image {path} cannot be decoded: {cause}") from None
+
+
 def _oriented(image: Image.Image, size: tuple[int, int] | None, upright: bool) -> Image.Image:
     if not upright:
         if size is None or (image.height, image.width) == size:

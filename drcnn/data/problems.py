@@ -13,6 +13,8 @@ SkipKind = Literal[
     "unknown-category",
     "unknown-image",
     "duplicate-annotation",
+    "malformed-file",
+    "malformed-object",
 ]
 """Kinds of bad input that can be left out: if ``DataConfig.skip`` lists them they are counted, not fatal."""
 
@@ -24,6 +26,8 @@ _LEFT_OUT = {
     "unknown-category": "annotations of an unknown category",
     "unknown-image": "annotations of an unknown image",
     "duplicate-annotation": "annotations with an id that occurred before",
+    "malformed-file": "images whose annotation file is missing or cannot be read",
+    "malformed-object": "objects that cannot be read",
 }
 assert set(_LEFT_OUT) == set(get_args(SkipKind))
 

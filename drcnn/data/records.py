@@ -1,6 +1,7 @@
 """Reading a COCO-format json file into checked numpy arrays."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
@@ -181,7 +182,7 @@ def annotation_table(
         bad = bad & keep
         if bad.any():
             first = int(np.argmax(bad))
-            problems.add(kind, int(bad.sum()), f"{path}: annotation {ids[first]} {describe(first)}")
+            problems.add(kind, int(bad.sum()), f"{_origin(records[first], path)} {describe(first)}")
             keep[bad] = False
 
     repeated = np.ones(len(ids), dtype=bool)
@@ -201,10 +202,18 @@ def annotation_table(
         ),
     )
     table = AnnotationTable(ids, image_places, labels, boxes, areas, crowd).take(keep)
-    return _clip(table, images, path, problems)
+    kept = np.flatnonzero(keep)
+    return _clip(table, images, lambda i: _origin(records[kept[i]], path), problems)
 
 
-def _clip(table: AnnotationTable, images: ImageTable, path: Path, problems: Problems) -> AnnotationTable:
+def _origin(record: dict[str, Any], path: Path) -> str:
+    """Where an annotation is written; other formats than COCO say it themselves."""
+    return record.get("_origin") or f"{path}: annotation {record['id']}"
+
+
+def _clip(
+    table: AnnotationTable, images: ImageTable, origin: Callable[[int], str], problems: Problems
+) -> AnnotationTable:
     size = np.stack([images.widths[table.images], images.heights[table.images]], axis=1)
     low, high = table.boxes[:, :2], table.boxes[:, 2:]
     clipped = np.concatenate([np.clip(low, 0, size), np.clip(high, 0, size)], axis=1)
@@ -218,7 +227,7 @@ def _clip(table: AnnotationTable, images: ImageTable, path: Path, problems: Prob
         problems.add(
             "box-outside",
             int(outside.sum()),
-            f"{path}: annotation {table.ids[i]} (image {images.ids[table.images[i]]}) has the box "
+            f"{origin(i)} (image {images.ids[table.images[i]]}) has the box "
             f"[{box}] (x1, y1, x2, y2) outside its image of {size[i, 0]}x{size[i, 1]} pixels",
         )
     return table._replace(boxes=clipped).take(remains)

@@ -5,7 +5,6 @@ Each rank takes its share of the images; the results are gathered on every rank 
 """
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -16,6 +15,7 @@ from drcnn.data import CocoDataset, DataConfig, eval_loader
 from drcnn.engine.augmented import detect_views
 from drcnn.engine.distributed import gather_objects, rank, world_size
 from drcnn.engine.metrics import Metrics, evaluate_results
+from drcnn.engine.voc_metrics import with_voc_ap
 from drcnn.errors import DataError
 from drcnn.structures import Detections
 
@@ -121,8 +121,12 @@ def evaluate(
     )
     # What the data set was told to skip is not scored against either.
     ids = dataset.annotation_ids.tolist()
-    file = Path(dataset.annotation_file)
-    return evaluate_results(file, results, dataset.image_ids.tolist(), annotation_ids=ids), results
+    metrics = evaluate_results(
+        dataset.source.content(), results, dataset.image_ids.tolist(), annotation_ids=ids
+    )
+    if dataset.source.format == "voc":
+        metrics = with_voc_ap(metrics, dataset, results)
+    return metrics, results
 
 
 @torch.no_grad()

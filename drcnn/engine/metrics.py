@@ -9,7 +9,7 @@ import json
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -29,6 +29,7 @@ _ROWS = (
     ("AP", "AP50", "AP60", "AP70", "AP75", "AP80", "AP90"),
     ("APs", "APm", "APl", "ARs", "ARm", "ARl"),
     ("AR1", "AR10", "AR100"),
+    ("VOC07", "VOC12"),
 )
 
 
@@ -38,11 +39,13 @@ class Metrics:
 
     Attributes:
         summary: AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl as COCO defines them and
-            AP60, AP70, AP80, AP90; in 0..1, or -1 where no ground truth defines the number.
+            AP60, AP70, AP80, AP90; in 0..1, or -1 where no ground truth defines the number. VOC data have
+            VOC07 and VOC12 as well, see :mod:`drcnn.engine.voc_metrics`.
         per_class: AP of each category by name, in the order of the category ids; -1 as above.
         iou_type: "bbox" or "segm".
         num_images: number of evaluated images.
         num_detections: number of detections on those images.
+        voc_per_class: for "VOC07" and "VOC12" the AP of each category; empty for data that are not VOC's.
     """
 
     summary: dict[str, float]
@@ -50,6 +53,7 @@ class Metrics:
     iou_type: str = "bbox"
     num_images: int = 0
     num_detections: int = 0
+    voc_per_class: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def to_dict(self) -> dict:
         """Returns everything as plain types."""
@@ -59,27 +63,40 @@ class Metrics:
             "num_detections": self.num_detections,
             "summary": dict(self.summary),
             "per_class": dict(self.per_class),
+            "voc_per_class": {name: dict(values) for name, values in self.voc_per_class.items()},
         }
 
     def to_json(self) -> str:
         """Returns everything as an indented json text; -1 marks undefined numbers."""
         return json.dumps(self.to_dict(), indent=1)
 
+    def headline(self) -> str:
+        """Returns the numbers that matter most as one line."""
+        names = ("AP", "AP50", "AP75", "AP90", "VOC07", "VOC12")
+        return "  ".join(f"{name} {self.summary[name]:.3f}" for name in names if name in self.summary)
+
     def table(self) -> RenderableType:
         """Returns the numbers as tables for ``rich``; undefined ones read "n/a"."""
         parts = []
         for names in _ROWS:
+            if not self.summary.keys() >= set(names):
+                continue
             table = Table(show_edge=False, pad_edge=False)
             for name in names:
                 table.add_column(name, justify="right", min_width=5)
             table.add_row(*(_format(self.summary[name]) for name in names))
             parts.append(table)
-        columns = 3 if len(self.per_class) > 12 else 1
+        kinds = {"AP": self.per_class, **self.voc_per_class}
+        columns = 3 if len(self.per_class) > 12 and len(kinds) == 1 else 1
         table = Table(show_edge=False, pad_edge=False)
         for _ in range(columns):
             table.add_column("class", overflow="fold")
-            table.add_column("AP", justify="right", min_width=5)
-        cells = [(name, _format(value)) for name, value in self.per_class.items()]
+            for kind in kinds:
+                table.add_column(kind, justify="right", min_width=5)
+        cells = [
+            (name, *(_format(values.get(name, UNDEFINED)) for values in kinds.values()))
+            for name in self.per_class
+        ]
         for start in range(0, len(cells), columns):
             table.add_row(*(text for cell in cells[start : start + columns] for text in cell))
         title = f"{self.iou_type}: {self.num_detections} detections on {self.num_images} images"

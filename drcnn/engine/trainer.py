@@ -278,8 +278,7 @@ class Trainer:
             amp=self.config.train.amp,
             progress=progress,
         )
-        numbers = "  ".join(f"{k} {metrics.summary[k]:.3f}" for k in ("AP", "AP50", "AP75", "AP90"))
-        self.display.say(f"step {step}  {split}  {numbers}")
+        self.display.say(f"step {step}  {split}  {metrics.headline()}")
         if self.metrics is not None:
             self.metrics.write({"step": step, "split": split, **metrics.summary})
         return metrics
