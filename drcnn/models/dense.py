@@ -10,7 +10,7 @@ from torchvision.ops import sigmoid_focal_loss
 from drcnn.dynamics import PlainTraining
 from drcnn.models.boxes import clip_boxes, has_size
 from drcnn.models.pixels import normalize
-from drcnn.ops import nms
+from drcnn.models.suppression import SuppressionConfig, suppress
 from drcnn.structures import Detections, ImageBatch, Targets
 
 if TYPE_CHECKING:
@@ -138,13 +138,7 @@ def strongest(scores: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def keep_best(
-    boxes: Tensor,
-    scores: Tensor,
-    labels: Tensor,
-    images: ImageBatch,
-    score_threshold: float,
-    iou_threshold: float,
-    detections: int,
+    boxes: Tensor, scores: Tensor, labels: Tensor, images: ImageBatch, config: SuppressionConfig
 ) -> Detections:
     """Clips candidates to their images and keeps the best after NMS by class.
 
@@ -153,20 +147,11 @@ def keep_best(
         scores (Tensor[B, M]): in 0..1.
         labels (Tensor[B, M]): int64 in 0..K-1.
         images: the batch, for the sizes of its images.
-        score_threshold: a detection scores above.
-        iou_threshold: IoU above which the lower detection of a class is dropped.
-        detections: most detections per image.
+        config: least score, NMS, number of detections.
 
     Returns:
-        Detections: D = min(detections, M) slots per image.
+        Detections: D = min(``config.detections``, M) slots per image.
     """
     boxes = clip_boxes(boxes, images.sizes)
-    passed = (scores > score_threshold) & has_size(boxes, 1e-2)
-    kept = nms(boxes, scores, labels, iou_threshold, detections, passed)
-    boxes = boxes.gather(1, kept.index.unsqueeze(-1).expand(-1, -1, 4))
-    return Detections(
-        torch.where(kept.valid.unsqueeze(-1), boxes, 0.0),
-        torch.where(kept.valid, scores.gather(1, kept.index), 0.0),
-        torch.where(kept.valid, labels.gather(1, kept.index), 0),
-        kept.valid,
-    )
+    passed = (scores > config.score_threshold) & has_size(boxes, 1e-2)
+    return suppress(boxes, scores, labels, passed, config)

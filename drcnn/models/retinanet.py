@@ -12,6 +12,7 @@ from drcnn.models.backbone import ResNetConfig
 from drcnn.models.boxes import decode_deltas
 from drcnn.models.dense import DenseDetector, by_cell, focal_loss, initialize_head, keep_best, strongest
 from drcnn.models.fpn import FPNConfig
+from drcnn.models.suppression import SoftNms
 from drcnn.models.timm_backbone import TimmConfig
 from drcnn.ops import assign_targets, match_boxes, smooth_l1
 from drcnn.structures import Detections, ImageBatch, Targets
@@ -49,6 +50,10 @@ class RetinaNetHeadConfig:
     """Best pairs of anchor and class of each level and image that go into NMS."""
     nms: float = 0.5
     """IoU above which the lower detection of a class is dropped."""
+    soft_nms: SoftNms = "off"
+    """Lower the scores of overlapping detections instead (Soft-NMS), down to the score threshold."""
+    soft_nms_sigma: float = 0.5
+    """Width of the Gaussian of Soft-NMS."""
     detections: int = 100
     """Most detections per image."""
 
@@ -207,12 +212,5 @@ class RetinaNetHead(nn.Module):
             boxes.append(decode_deltas(anchors[position], deltas, DELTA_WEIGHTS))
             scores.append(score)
             labels.append(label)
-        return keep_best(
-            torch.cat(boxes, dim=1),
-            torch.cat(scores, dim=1),
-            torch.cat(labels, dim=1),
-            images,
-            config.score_threshold,
-            config.nms,
-            config.detections,
-        )
+        candidates = (torch.cat(part, dim=1) for part in (boxes, scores, labels))
+        return keep_best(*candidates, images, config)

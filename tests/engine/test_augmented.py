@@ -1,4 +1,4 @@
-"""Test-time augmentation: one view is plain testing, flips are equivariant, views agree on an object."""
+"""Test-time augmentation: one view is plain testing, flips are equivariant, all views find one object."""
 
 import sys
 from dataclasses import replace
@@ -24,6 +24,8 @@ DETECTORS = {
     "faster-rcnn": LIGHT,
     "mask-rcnn": replace(LIGHT, mask_head=MaskHeadConfig(channels=16)),
     "cascade-rcnn": replace(LIGHT, box_head=CASCADE),
+    "retinanet": presets.light_retinanet(4),
+    "fcos": presets.light_fcos(4),
 }
 on_detectors = pytest.mark.parametrize("name", DETECTORS)
 
@@ -34,7 +36,9 @@ def build(name):
     model = DETECTORS[name].build().eval()
     for key, parameter in model.named_parameters():
         if key.endswith("classifier.weight"):
-            nn.init.normal_(parameter, std=0.2)
+            nn.init.normal_(parameter, std=0.2 if "box_head" in key else 0.05)
+        if key == "head.classifier.bias":
+            nn.init.zeros_(parameter)
         if "mask_head.logits" in key:
             nn.init.normal_(parameter, std=0.5)
     return model

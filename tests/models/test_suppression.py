@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from drcnn import presets
 from drcnn.models import BoxHeadConfig
@@ -70,17 +71,21 @@ def test_agrees_with_mmdetection_over_classes(shared_data, monkeypatch, name):
     assert found.labels[0].tolist() == golden[f"multiclass.{name}.labels"].tolist()
 
 
-def test_a_detector_tests_with_soft_nms():
-    config = presets.light_faster_rcnn(3)
-    head = replace(config.box_head, soft_nms="gaussian")
+@pytest.mark.parametrize("name", ["light_faster_rcnn", "light_retinanet", "light_fcos"])
+def test_a_detector_tests_with_soft_nms(name):
+    config = getattr(presets, name)(3)
+    field = "box_head" if hasattr(config, "box_head") else "head"
     images = ImageBatch(torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8), torch.tensor([[64, 64]]))
     found = []
-    for box_head in (config.box_head, head):
+    for method in ("off", "gaussian"):
+        head = replace(getattr(config, field), soft_nms=method, score_threshold=0.005)
         torch.manual_seed(0)
-        found.append(replace(config, box_head=box_head).build().eval()(images))
+        model = replace(config, **{field: head}).build().eval()
+        if name == "light_fcos":
+            nn.init.constant_(model.head.distances.bias, 4.0)  # boxes that overlap
+        found.append(model(images))
     hard, soft = found
     assert soft.valid.sum() >= hard.valid.sum() > 0
-    assert torch.equal(soft.boxes[0, 0], hard.boxes[0, 0]) and torch.equal(
-        soft.scores[0, 0], hard.scores[0, 0]
-    )
+    assert torch.equal(soft.boxes[0, 0], hard.boxes[0, 0])
+    assert torch.equal(soft.scores[0, 0], hard.scores[0, 0])
     assert (soft.scores[:, 1:] <= soft.scores[:, :-1]).all() and not torch.equal(soft.scores, hard.scores)
