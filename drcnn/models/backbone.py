@@ -25,6 +25,8 @@ class ResNetConfig:
     """Normalization: fixed batch statistics, trained batch norm, or group norm (32 groups)."""
     frozen_stages: int = 2
     """Parts that are not trained, from the input: 0 none, 1 the stem, 2 the stem and C2, ... 5 all."""
+    stride_in_1x1: bool = False
+    """Blocks stride in their first 1 x 1 convolution, as the ResNets from Caffe do, not in the 3 x 3 one."""
 
     def build(self) -> "ResNet":
         """Makes the backbone with random weights."""
@@ -67,6 +69,9 @@ class ResNet(nn.Module):
             body.layer3,
             body.layer4,
         )
+        if config.stride_in_1x1:
+            for layer in (self.layer2, self.layer3, self.layer4):
+                layer[0].conv1.stride, layer[0].conv2.stride = layer[0].conv2.stride, layer[0].conv1.stride
         self.channels = tuple(body.fc.in_features >> shift for shift in (3, 2, 1, 0))
         self.strides = (4, 8, 16, 32)
         stem = nn.ModuleList([self.conv1, self.bn1])
