@@ -12,11 +12,16 @@ from drcnn.models import (
     AnchorConfig,
     BoxHeadConfig,
     FasterRCNNConfig,
+    FCOSConfig,
+    FCOSHeadConfig,
     FPNConfig,
     ResNetConfig,
+    RetinaNetConfig,
+    RetinaNetHeadConfig,
     RPNConfig,
 )
 from drcnn.models.backbone import ResNetName
+from drcnn.models.retinanet import SCALES
 
 ITERATIONS_1X = 90_000
 MILESTONES_1X = (60_000, 80_000)
@@ -163,3 +168,60 @@ def short_schedule(iterations: int, lr: float = 0.02, batch_size: int = 4) -> Op
         milestones=(iterations * 7 // 10, iterations * 9 // 10),
         clip_norm=10.0,
     )
+
+
+def retinanet(backbone: ResNetName = "resnet50", num_classes: int = 80) -> RetinaNetConfig:
+    """RetinaNet (arXiv 1708.02002) on an ImageNet backbone.
+
+    Args:
+        backbone: torchvision's name.
+        num_classes: object classes, without the background.
+    """
+    return RetinaNetConfig(num_classes, ResNetConfig(backbone, weights="IMAGENET1K_V1"))
+
+
+def fcos(backbone: ResNetName = "resnet50", num_classes: int = 80) -> FCOSConfig:
+    """FCOS (arXiv 1904.01355) with its improvements on an ImageNet backbone.
+
+    Args:
+        backbone: torchvision's name.
+        num_classes: object classes, without the background.
+    """
+    return FCOSConfig(num_classes, ResNetConfig(backbone, weights="IMAGENET1K_V1"))
+
+
+def light_retinanet(num_classes: int) -> RetinaNetConfig:
+    """RetinaNet that trains from scratch on a CPU, for small images: ResNet-18 with group norm.
+
+    Args:
+        num_classes: object classes, without the background.
+    """
+    return RetinaNetConfig(
+        num_classes,
+        ResNetConfig("resnet18", norm="gn", frozen_stages=0),
+        FPNConfig(channels=64, first_level=3, top="convs_on_c5"),
+        RetinaNetHeadConfig(AnchorConfig(sizes=(16, 32, 64, 128, 256), scales=SCALES), convs=2),
+    )
+
+
+def light_fcos(num_classes: int) -> FCOSConfig:
+    """FCOS that trains from scratch on a CPU, for small images: ResNet-18 with group norm.
+
+    Args:
+        num_classes: object classes, without the background.
+    """
+    return FCOSConfig(
+        num_classes,
+        ResNetConfig("resnet18", norm="gn", frozen_stages=0),
+        FPNConfig(channels=64, first_level=3, top="convs_on_p5"),
+        FCOSHeadConfig(convs=2, size_limits=(32, 64, 128, 256)),
+    )
+
+
+def dense_schedule(times: int = 1) -> OptimConfig:
+    """SGD for RetinaNet and FCOS on COCO: 0.01 for 16 images, otherwise as :func:`schedule`.
+
+    Args:
+        times: multiple of "1x".
+    """
+    return replace(schedule(times), lr=0.01)

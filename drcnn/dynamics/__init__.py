@@ -1,11 +1,13 @@
 """What adapts during training: the state and the rules of dynamic training."""
 
+from drcnn.dynamics.ranks import mean_over_ranks, sum_over_ranks
 from drcnn.dynamics.training import (
     Assignment,
     DynamicTraining,
     DynamicTrainingConfig,
     FixedTraining,
     FixedTrainingConfig,
+    PlainTraining,
     regression_error,
 )
 
@@ -15,5 +17,8 @@ __all__ = [
     "DynamicTrainingConfig",
     "FixedTraining",
     "FixedTrainingConfig",
+    "PlainTraining",
+    "mean_over_ranks",
     "regression_error",
+    "sum_over_ranks",
 ]

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from drcnn.dynamics.ranks import sum_over_ranks
 from drcnn.ops import box_iou, encode_deltas, topk_statistics
 
 
@@ -169,6 +169,17 @@ class FixedTraining(nn.Module):
         return {"iou_threshold": self.iou_threshold, "beta": self.beta}
 
 
+class PlainTraining(nn.Module):
+    """A policy of detectors without anything that moves or could: there is nothing to record or to log."""
+
+    def update(self) -> None:
+        """Ends an iteration; nothing to change."""
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Returns what is logged: nothing."""
+        return {}
+
+
 class DynamicTraining(nn.Module):
     """T_now and beta_now follow the proposals (algorithm 1 of the paper).
 
@@ -235,9 +246,7 @@ class DynamicTraining(nn.Module):
         With several ranks, the sums and counts are all-reduced first, so every rank records the same
         values: the means are over the images of all ranks.
         """
-        sums = torch.cat([self.sums, self.skipped.view(1), self.lost.view(1)])
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(sums)
+        sums = sum_over_ranks(torch.cat([self.sums, self.skipped.view(1), self.lost.view(1)]))
         iou_sum, iou_count, error_sum, error_count, skipped, lost = sums.unbind()
         if self.config.empty_images == "skip":
             iou_count = torch.where(skipped > 0, 0.0, iou_count)

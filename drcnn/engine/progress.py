@@ -23,6 +23,7 @@ SHORT_NAMES = {
     "loss_rpn_box": "rpn_box",
     "loss_classification": "cls",
     "loss_box": "box",
+    "loss_centerness": "center",
     "iou_threshold": "T_now",
     "beta": "beta_now",
 }

@@ -59,13 +59,10 @@ def build_model(config: "Config") -> nn.Module:
 
 
 def describe_model(config: "Config", model: nn.Module) -> str:
-    """Says in one line which backbone, which training policy and how many weights."""
+    """Says in one line which detector, backbone and training policy, and how many weights."""
     total, trained = count_parameters(model)
-    policy = type(config.model.training).__name__.removesuffix("Config")
-    return (
-        f"model: {config.model.backbone.name}, {policy}, {total / 1e6:.2f} M parameters, "
-        f"{trained / 1e6:.2f} M trained"
-    )
+    parts = f"{type(model).__name__}, {config.model.backbone.name}, {type(model.dynamics).__name__}"
+    return f"model: {parts}, {total / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained"
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

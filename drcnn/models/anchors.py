@@ -1,4 +1,4 @@
-"""Anchors of a feature pyramid."""
+"""Anchors of a feature pyramid, and the points at which an anchor-free detector predicts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,31 +9,72 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class AnchorConfig:
-    """Anchors: one size per level, several shapes (Faster R-CNN section 3.1.1, FPN section 4.1)."""
+    """Anchors: sizes by level, several shapes (Faster R-CNN section 3.1.1, FPN section 4.1)."""
 
     sizes: tuple[int, ...] = (32, 64, 128, 256, 512)
     """Square root of the anchors' area in pixels, one for each level."""
     ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
     """Height over width."""
     rounded: bool = False
-    """Round the corners to whole pixels, as torchvision does."""
+    """Cut scaled sizes and round the corners to whole pixels, as torchvision does."""
+    scales: tuple[float, ...] = (1.0,)
+    """Factors of a level's size; every ratio comes in every scale."""
+
+    @property
+    def per_cell(self) -> int:
+        """A: anchors of a cell."""
+        return len(self.ratios) * len(self.scales)
+
+    def cells(self) -> Tensor:
+        """Makes the anchors of one cell of each level around the origin: float32 Tensor[L, A, 4]."""
+        return torch.stack([cell_anchors(s, self.ratios, self.rounded, self.scales) for s in self.sizes])
 
 
-def cell_anchors(size: float, ratios: Sequence[float], rounded: bool) -> Tensor:
-    """Makes the anchors of one cell around the origin.
+def cell_anchors(
+    size: float, ratios: Sequence[float], rounded: bool, scales: Sequence[float] = (1.0,)
+) -> Tensor:
+    """Makes the anchors of one cell around the origin, by ratio and then by scale.
+
+    This is the order of torchvision and MMDetection. Detectron2 goes by scale and then by ratio: anchor
+    ``s * len(ratios) + r`` there is ``r * len(scales) + s`` here.
 
     Args:
         size: square root of the area in pixels.
         ratios: height over width of each anchor.
-        rounded: round the corners to whole pixels.
+        rounded: cut ``size * scale`` and round the corners to whole pixels.
+        scales: factors of ``size``.
 
     Returns:
-        Tensor[A, 4]: float32 xyxy.
+        Tensor[A, 4]: float32 xyxy; A = len(ratios) * len(scales).
     """
-    root = torch.tensor(ratios, dtype=torch.float32).sqrt()
-    half = torch.stack([size / root, size * root], dim=1) / 2
+    root = torch.tensor(ratios, dtype=torch.float32).sqrt().unsqueeze(1)
+    sides = torch.tensor([size * scale for scale in scales], dtype=torch.float32)
+    if rounded:
+        sides = sides.floor()
+    half = torch.stack([sides / root, sides * root], dim=-1).flatten(0, 1) / 2
     anchors = torch.cat([-half, half], dim=1)
     return anchors.round() if rounded else anchors
+
+
+def grid_points(
+    height: int, width: int, stride: int, offset: float, device: torch.device | None = None
+) -> Tensor:
+    """Places one point in each cell of a level.
+
+    Args:
+        height: rows of the level.
+        width: columns of the level.
+        stride: pixels per cell.
+        offset: where the point lies in its cell, from 0 (left and top) to 1.
+        device: where to make them.
+
+    Returns:
+        Tensor[height * width, 2]: float32 x and y in pixels, by row and column.
+    """
+    x = (torch.arange(width, device=device, dtype=torch.float32) + offset) * stride
+    y = (torch.arange(height, device=device, dtype=torch.float32) + offset) * stride
+    y, x = torch.meshgrid(y, x, indexing="ij")
+    return torch.stack([x, y], dim=-1).flatten(0, 1)
 
 
 def grid_anchors(cell: Tensor, height: int, width: int, stride: int) -> Tensor:
@@ -48,8 +89,5 @@ def grid_anchors(cell: Tensor, height: int, width: int, stride: int) -> Tensor:
     Returns:
         Tensor[height * width * A, 4]: xyxy in pixels, by row, column and anchor.
     """
-    x = torch.arange(width, device=cell.device, dtype=cell.dtype) * stride
-    y = torch.arange(height, device=cell.device, dtype=cell.dtype) * stride
-    y, x = torch.meshgrid(y, x, indexing="ij")
-    shift = torch.stack([x, y, x, y], dim=-1)
-    return (shift.unsqueeze(2) + cell).flatten(0, 2)
+    shift = grid_points(height, width, stride, 0.0, cell.device).repeat(1, 2)
+    return (shift.unsqueeze(1) + cell).flatten(0, 1)

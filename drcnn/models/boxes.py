@@ -71,3 +71,19 @@ def has_size(boxes: Tensor, min_size: float) -> Tensor:
         Tensor[...]: bool.
     """
     return ((boxes[..., 2:] - boxes[..., :2]) >= min_size).all(dim=-1)
+
+
+def paired_iou(a: Tensor, b: Tensor) -> Tensor:
+    """Computes the IoU of each box with its partner, with gradients to both.
+
+    Args:
+        a (Tensor[..., 4]): xyxy in pixels.
+        b (Tensor[..., 4]): xyxy in pixels.
+
+    Returns:
+        Tensor[...]: in 0..1, 0 where both have no area.
+    """
+    low, high = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])
+    intersection = (high - low).clamp(min=0).prod(dim=-1)
+    areas = [(boxes[..., 2:] - boxes[..., :2]).prod(dim=-1) for boxes in (a, b)]
+    return intersection / (areas[0] + areas[1] - intersection).clamp(min=1e-6)

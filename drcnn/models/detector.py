@@ -11,6 +11,7 @@ from drcnn.models.backbone import ResNetConfig
 from drcnn.models.cascade import CascadeHeadConfig
 from drcnn.models.fpn import FPNConfig
 from drcnn.models.mask_head import MaskHeadConfig
+from drcnn.models.pixels import normalize
 from drcnn.models.roi_heads import BoxHeadConfig
 from drcnn.models.rpn import RPNConfig
 from drcnn.structures import Detections, ImageBatch, Targets
@@ -143,9 +144,4 @@ class FasterRCNN(nn.Module):
         Returns:
             Tensor[B, 3, H, W]: float32.
         """
-        height, width = images.tensor.shape[-2:]
-        rows = torch.arange(height, device=images.sizes.device) < images.sizes[:, :1]
-        columns = torch.arange(width, device=images.sizes.device) < images.sizes[:, 1:]
-        inside = (rows.unsqueeze(2) & columns.unsqueeze(1)).unsqueeze(1)
-        scaled = (images.tensor.float() - self.pixel_mean) / self.pixel_std
-        return torch.where(inside, scaled, 0.0)
+        return normalize(images, self.pixel_mean, self.pixel_std)

@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
-from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool
+
+TopLevels = Literal["pool", "convs_on_c5", "convs_on_p5"]
 
 
 @dataclass(frozen=True)
@@ -19,18 +22,52 @@ class FPNConfig:
     """Channels of every level."""
     norm: Literal["none", "gn"] = "none"
     """Normalization of its convolutions."""
+    first_level: Literal[2, 3] = 2
+    """Finest level: 2 begins at P2, 3 at P3, as dense detectors do."""
+    top: TopLevels = "pool"
+    """Above P5: P6 as every second cell of P5, or P6 and P7 by convolutions of stride 2 on C5 or on P5."""
+    top_relu: bool = True
+    """ReLU between P6 and the convolution of P7 (not in MMDetection's RetinaNet)."""
 
     def build(self, in_channels: Sequence[int], strides: Sequence[int]) -> "FPN":
-        """Makes the pyramid over feature maps of these channels and strides."""
+        """Makes the pyramid over feature maps C2 to C5 of these channels and strides."""
         return FPN(self, in_channels, strides)
 
 
-class FPN(FeaturePyramidNetwork):
-    """Levels P2 to P5 from C2 to C5, and P6, every second cell of P5. Parameter names are torchvision's.
+class TopConvolutions(ExtraFPNBlock):
+    """P6 and P7 by 3x3 convolutions of stride 2 (RetinaNet, arXiv 1708.02002, section 4, footnote 2).
 
     Args:
-        config: channels and normalization.
-        in_channels: channels of the backbone's feature maps.
+        in_channels: channels of C5 or P5.
+        channels: channels of P6 and P7.
+        on_c5: P6 is computed on C5, else on P5.
+        relu: ReLU between P6 and the convolution of P7.
+    """
+
+    def __init__(self, in_channels: int, channels: int, on_c5: bool, relu: bool) -> None:
+        super().__init__()
+        self.on_c5, self.relu = on_c5, relu
+        self.p6 = nn.Conv2d(in_channels, channels, 3, stride=2, padding=1)
+        self.p7 = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        for layer in (self.p6, self.p7):
+            nn.init.kaiming_uniform_(layer.weight, a=1)
+            nn.init.zeros_(layer.bias)
+
+    def forward(
+        self, results: list[Tensor], x: list[Tensor], names: list[str]
+    ) -> tuple[list[Tensor], list[str]]:
+        """Adds P6 and P7 to the levels ``results``; ``x`` are the backbone's feature maps."""
+        p6 = self.p6(x[-1] if self.on_c5 else results[-1])
+        p7 = self.p7(F.relu(p6) if self.relu else p6)
+        return [*results, p6, p7], [*names, "p6", "p7"]
+
+
+class FPN(FeaturePyramidNetwork):
+    """Levels P2 to P6, or P3 to P7, from C2 to C5. Parameter names are torchvision's.
+
+    Args:
+        config: channels, normalization and levels.
+        in_channels: channels of the backbone's feature maps C2 to C5.
         strides: pixels per cell of the backbone's feature maps.
 
     Attributes:
@@ -40,9 +77,18 @@ class FPN(FeaturePyramidNetwork):
 
     def __init__(self, config: FPNConfig, in_channels: Sequence[int], strides: Sequence[int]) -> None:
         norm = partial(nn.GroupNorm, 32) if config.norm == "gn" else None
-        super().__init__(list(in_channels), config.channels, extra_blocks=LastLevelMaxPool(), norm_layer=norm)
+        skipped = config.first_level - 2
+        if config.top == "pool":
+            extra, top_strides = LastLevelMaxPool(), (strides[-1] * 2,)
+        else:
+            on_c5 = config.top == "convs_on_c5"
+            top_channels = in_channels[-1] if on_c5 else config.channels
+            extra = TopConvolutions(top_channels, config.channels, on_c5, config.top_relu)
+            top_strides = (strides[-1] * 2, strides[-1] * 4)
+        super().__init__(list(in_channels[skipped:]), config.channels, extra_blocks=extra, norm_layer=norm)
+        self.skipped = skipped
         self.channels = config.channels
-        self.strides = (*strides, strides[-1] * 2)
+        self.strides = (*strides[skipped:], *top_strides)
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Computes the levels.
@@ -51,7 +97,8 @@ class FPN(FeaturePyramidNetwork):
             features: the backbone's feature maps, finest first.
 
         Returns:
-            list: P2 to P6, Tensor[B, channels, H / strides[l], W / strides[l]].
+            list: the levels, finest first, Tensor[B, channels, H / strides[l], W / strides[l]], rounded up.
         """
-        named = OrderedDict((str(level), feature) for level, feature in enumerate(features))
+        used = features[self.skipped :]
+        named = OrderedDict((str(level), feature) for level, feature in enumerate(used))
         return list(super().forward(named).values())

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from drcnn.models.anchors import AnchorConfig, cell_anchors, grid_anchors
+from drcnn.models.anchors import AnchorConfig, grid_anchors
 from drcnn.models.boxes import clip_boxes, decode_deltas, has_size
 from drcnn.models.samplers import sample_slots
 from drcnn.ops import assign_targets, match_boxes, nms, smooth_l1
@@ -71,7 +71,7 @@ class RPN(nn.Module):
             )
         self.config = config
         self.strides = tuple(strides)
-        per_cell = len(config.anchors.ratios)
+        per_cell = config.anchors.per_cell
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
         self.more_convs = nn.ModuleList(
             nn.Conv2d(channels, channels, 3, padding=1) for _ in range(config.convs - 1)
@@ -81,8 +81,7 @@ class RPN(nn.Module):
         for layer in (self.conv, *self.more_convs, self.objectness, self.deltas):
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.bias)
-        cells = [cell_anchors(s, config.anchors.ratios, config.anchors.rounded) for s in config.anchors.sizes]
-        self.register_buffer("cells", torch.stack(cells), persistent=False)
+        self.register_buffer("cells", config.anchors.cells(), persistent=False)
 
     def forward(
         self, features: Sequence[Tensor], images: ImageBatch, targets: Targets | None = None

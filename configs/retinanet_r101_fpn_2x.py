@@ -1,0 +1,10 @@
+"""RetinaNet, ResNet-101-FPN, 2x, on COCO 2017."""
+
+from drcnn import presets
+from drcnn.config import Config
+
+config = Config(
+    model=presets.retinanet("resnet101"),
+    data=presets.coco(),
+    optim=presets.dense_schedule(2),
+)
