@@ -12,9 +12,13 @@ from drcnn.models import (
     BoxHeadConfig,
     CascadeHeadConfig,
     FasterRCNNConfig,
+    FCOSConfig,
+    FCOSHeadConfig,
     FPNConfig,
     MaskHeadConfig,
     ResNetConfig,
+    RetinaNetConfig,
+    RetinaNetHeadConfig,
     RPNConfig,
 )
 from drcnn.models.backbone import ResNetName
@@ -32,7 +36,9 @@ _RESNETS = {
 """By blocks of each stage, shape of the first block's second convolution, and whether blocks have a third."""
 
 
-def detector_config(tensors: Mapping[str, Tensor], source: str):
+def detector_config(
+    tensors: Mapping[str, Tensor], source: str
+) -> FasterRCNNConfig | RetinaNetConfig | FCOSConfig:
     """Tells which detector tensors belong to; what they do not show has the defaults of its config.
 
     Args:
@@ -40,7 +46,7 @@ def detector_config(tensors: Mapping[str, Tensor], source: str):
         source: what to call them in an error.
 
     Returns:
-        FasterRCNNConfig | RetinaNetConfig | FCOSConfig: number of classes, backbone, pyramid and heads.
+        With the number of classes, the backbone, the pyramid and the heads.
 
     Raises:
         WeightsError: they belong to no detector that drcnn has.
@@ -85,6 +91,31 @@ def _two_stage(tensors: Mapping[str, Tensor], source: str) -> FasterRCNNConfig:
         box_head=CascadeHeadConfig(stage=head) if cascade else head,
         mask_head=mask_head,
     )
+
+
+def _retinanet(tensors: Mapping[str, Tensor], source: str) -> RetinaNetConfig:
+    norm = "gn" if "head.class_convs.0.1.weight" in tensors else "none"
+    conv = r"\.0" if norm == "gn" else ""
+    head = RetinaNetHeadConfig(
+        convs=_count(tensors, rf"head\.class_convs\.(\d+){conv}\.weight"),
+        norm=norm,
+    )
+    outputs, anchors = len(tensors["head.classifier.weight"]), len(tensors["head.deltas.weight"]) // 4
+    if anchors != head.anchors.per_cell:
+        raise WeightsError(f"{source} has {anchors} anchors in a cell; drcnn reads RetinaNets of 9")
+    return RetinaNetConfig(outputs // anchors, _backbone(tensors, source), _dense_pyramid(tensors), head)
+
+
+def _fcos(tensors: Mapping[str, Tensor], source: str) -> FCOSConfig:
+    head = FCOSHeadConfig(convs=_count(tensors, r"head\.class_convs\.(\d+)\.0\.weight"))
+    classes = len(tensors["head.classifier.weight"])
+    return FCOSConfig(classes, _backbone(tensors, source), _dense_pyramid(tensors), head)
+
+
+def _dense_pyramid(tensors: Mapping[str, Tensor]) -> FPNConfig:
+    config = _pyramid(tensors)
+    on_c5 = tensors["fpn.extra_blocks.p6.weight"].shape[1] != config.channels
+    return replace(config, first_level=3, top="convs_on_c5" if on_c5 else "convs_on_p5")
 
 
 def _pool_size(tensors: Mapping[str, Tensor], first: str, channels: int) -> int:

@@ -1,9 +1,10 @@
 """Detectors of maskrcnn-benchmark, and of the Dynamic R-CNN author's code that grew from it, in our names.
 
 The background is class 0, pixels are B, G, R without a deviation, strides are in the 1 x 1 convolutions, and
-norms have no epsilon. Boxes include their last pixel: a width is ``x2 - x1 + 1``. With ``x2 + 1`` and ``y2 + 1``
-in place of ``x2`` and ``y2`` our formulas give the same deltas, overlaps and areas; what remains are other
-anchors (`AnchorConfig.legacy`) and an RoIAlign that ends a pixel earlier (`BoxHeadConfig.to_last_pixel`).
+norms have no epsilon. Boxes include their last pixel: a width is ``x2 - x1 + 1``. With ``x2 + 1`` and
+``y2 + 1`` in place of ``x2`` and ``y2`` our formulas give the same deltas, overlaps and areas; what remains
+are other anchors (`AnchorConfig.legacy`) and an RoIAlign that ends a pixel earlier
+(`BoxHeadConfig.to_last_pixel`).
 """
 
 from dataclasses import replace

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from drcnn.dynamics import DynamicTrainingConfig
 from drcnn.errors import WeightsError
+from drcnn.models import CascadeHeadConfig
 from drcnn.weights.files import Weights
 from drcnn.weights.rewriting import Converted, fold_batch_norm, rename
 
@@ -42,9 +43,12 @@ _RULES = (
 )
 _SIGNS = ("roi_head.", "bbox_head.", "rpn_head.")
 _CAFFE_MEAN = (122.7717, 115.9465, 102.9801)
-"""R, G, B; that of FCOS's published weights."""
+"""R, G, B; that of FCOS's published weights."""_CASCADE_WEIGHTS = tuple((1 / xy, 1 / xy, 1 / wh, 1 / wh) for xy, wh in ((0.1, 0.2), (0.05, 0.1), (0.033, 0.067)))
+"""One over the deviations of each stage's deltas; Cascade R-CNN's are 30 and 15 in the last."""
+
 _NESTED = r"(?:[^()]|\([^()]*\))*"
 _RPN_TEST = re.compile(rf"test_cfg=dict\((?:rcnn=dict\({_NESTED}\),)?rpn=dict\(({_NESTED})\)")
+_DENSE_TEST = re.compile(rf"test_cfg=dict\(((?!rpn|rcnn|type){_NESTED})\)")
 _NMS = re.compile(r"\bnms(?:_thr=|=dict\([^)]*?iou_thr(?:eshold)?=)([0-9.]+)")
 """Where a config's text, without spaces, says which proposals are dropped in testing."""
 
@@ -82,6 +86,7 @@ def convert(weights: Weights, num_classes: int | None = None) -> Converted:
     if scales:
         converted.drop("bbox_head.scales.")
         converted.tensors["head.scales"] = torch.stack([tensors[name].reshape(()) for name in scales])
+    converted.complete_dense_head()
     if _input(weights).bgr:
         converted.reverse_colours()
     return converted
@@ -102,9 +107,32 @@ def settle(config: Any, weights: Weights) -> Any:
     threshold = proposals and _NMS.search(proposals[1])
     if threshold:
         config = replace(config, rpn=replace(config.rpn, nms=float(threshold[1])))
+    if isinstance(config.box_head, CascadeHeadConfig):
+        head = replace(config.box_head, delta_weights=_CASCADE_WEIGHTS, average="logits")
+        config = replace(config, box_head=head)
     if "DynamicRoIHead" in text:
         config = replace(config, training=DynamicTrainingConfig.mmdet())
     return config
+
+
+def _settle_dense(config: Any, text: str) -> Any:
+    """RetinaNet without a ReLU between P6 and P7; FCOS without the improvements that its paper adds."""
+    compact = "".join(text.split())
+    thresholds = _DENSE_TEST.search(compact)
+    nms = thresholds and _NMS.search(thresholds[1])
+    head = replace(config.head, nms=float(nms[1]) if nms else 0.5)
+    if hasattr(head, "anchors"):
+        relu = "relu_before_extra_convs=True" in compact
+        return replace(config, fpn=replace(config.fpn, top_relu=relu), head=head)
+    head = replace(
+        head,
+        distances="relu" if "norm_on_bbox=True" in compact else "exp",
+        centerness_on="boxes" if "centerness_on_reg=True" in compact else "classes",
+        center_radius=1.5 if "center_sampling=True" in compact else 0.0,
+        box_loss="giou" if "GIoULoss" in compact else "iou",
+        score="product",
+    )
+    return replace(config, head=head)
 
 
 def categories(weights: Weights) -> tuple[str, ...] | None:

@@ -39,6 +39,15 @@ class Converted:
         """Turns a first convolution on B, G, R into one on R, G, B."""
         self.rearrange(_STEM, [2, 1, 0], dim=1)
 
+    def complete_dense_head(self) -> None:
+        """Adds what others leave out of a dense head: zero biases before a norm, and FCOS's scales of 1."""
+        for name, tensor in list(self.tensors.items()):
+            bias = f"{name.removesuffix('.weight')}.bias"
+            if re.fullmatch(r"head\.(class|box)_convs\.\d+\.0\.weight", name) and bias not in self.tensors:
+                self.tensors[bias] = torch.zeros(len(tensor))
+        if "head.centerness.weight" in self.tensors:
+            self.tensors.setdefault("head.scales", torch.ones(5))
+
     def drop(self, *beginnings: str) -> None:
         """Leaves out what is not a weight, such as stored anchors."""
         self.tensors = {name: t for name, t in self.tensors.items() if not name.startswith(beginnings)}

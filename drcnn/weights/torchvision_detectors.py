@@ -85,6 +85,7 @@ def convert(weights: Weights, num_classes: int | None = None) -> Converted:
         converted.notes.append("weights of before torchvision 0.14: norms without an epsilon")
     if dense:
         _drop_background(converted, num_classes, fcos)
+        converted.complete_dense_head()
     else:
         _move_background(converted, num_classes)
     return converted
@@ -101,6 +102,22 @@ def settle(config: Any, weights: Weights) -> Any:
         box_head=replace(config.box_head, sampling_ratio=2, aligned=False),
         mask_head=mask_head,
     )
+
+
+def _settle_dense(config: Any, weights: Weights) -> Any:
+    if hasattr(config.head, "anchors"):
+        anchors = replace(config.head.anchors, rounded=True)
+        return replace(config, head=replace(config.head, anchors=anchors, detections=300))
+    head = replace(
+        config.head,
+        point_offset=0.0,
+        distances="relu",
+        centerness_on="boxes",
+        score="sqrt",
+        score_threshold=0.2,
+        nms=0.6,
+    )
+    return replace(config, head=head)
 
 
 def _classes(outputs: int, num_classes: int | None) -> list[int]:
