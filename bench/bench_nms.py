@@ -8,7 +8,7 @@ import pytest
 import torch
 import torchvision
 
-from drcnn.ops import backend_status, nms, use_backend
+from drcnn.ops import nms
 from drcnn.ops.backend import BACKENDS
 
 pytestmark = pytest.mark.benchmark
@@ -25,31 +25,6 @@ def _nms_of_torchvision(boxes, scores, groups, threshold, slots, valid):
         index[image, : len(best)] = best
         kept[image, : len(best)] = True
     return index, kept
-
-
-def _implementation(name, device):
-    """The function of this name, or skips with the reason why it cannot run here."""
-    if name == "torchvision":
-        return _nms_of_torchvision
-    backend = "reference" if name == "compile" else name
-    status = {(choice.op, choice.device_type): choice for choice in backend_status()}["nms", device]
-    if backend in status.unavailable:
-        pytest.skip(status.unavailable[backend])
-
-    def run(*inputs):
-        with use_backend(backend):
-            return nms(*inputs)
-
-    if name != "compile":
-        return run
-    torch.compiler.reset()
-    compiled = torch.compile(nms, fullgraph=True, dynamic=False)
-
-    def run_compiled(*inputs):
-        with use_backend("reference"):
-            return compiled(*inputs)
-
-    return run_compiled
 
 
 def _proposals(images, per_level, generator):
@@ -99,9 +74,12 @@ CASES = [
 
 @pytest.mark.parametrize("implementation", ["reference", "compile", "torchvision", *BACKENDS[1:]])
 @pytest.mark.parametrize(("kind", "images", "rows", "slots", "device"), CASES)
-def test_nms(compare, kind, images, rows, slots, device, implementation):
-    if implementation == "triton" and device == "cpu":
-        pytest.skip("Triton's interpreter is no benchmark")
+def test_nms(compare, run_as, kind, images, rows, slots, device, implementation):
+    if implementation == "torchvision":
+        function = _nms_of_torchvision
+    else:
+        function = run_as("nms", implementation, device, nms)
+    reference = run_as("nms", "reference", device, nms)
     generator = torch.Generator().manual_seed(0)
     make = _proposals if kind == "proposals" else _detections
     boxes, groups, valid = make(images, rows, generator)
@@ -110,7 +88,6 @@ def test_nms(compare, kind, images, rows, slots, device, implementation):
     threshold = 0.7 if kind == "proposals" else 0.5
     boxes, scores, groups, valid = (tensor.to(device) for tensor in (boxes, scores, groups, valid))
     inputs = (boxes, scores, groups, threshold, slots, valid)
-    function, reference = _implementation(implementation, device), _implementation("reference", device)
     size = f"{images}x5x{rows}" if kind == "proposals" else f"{images}x{rows}x20"
     compare(
         "nms",

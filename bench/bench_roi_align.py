@@ -6,7 +6,7 @@ import pytest
 import torch
 import torchvision
 
-from drcnn.ops import backend_status, fpn_level, roi_align, use_backend
+from drcnn.ops import fpn_level, roi_align
 from drcnn.ops.backend import BACKENDS
 
 STRIDES = (4, 8, 16, 32)
@@ -27,29 +27,8 @@ def _roi_align_by_level(features, boxes):
     return pooled.unflatten(0, boxes.shape[:2])
 
 
-def _implementation(name, device):
-    """The function of this name, or skips with the reason why it cannot run here."""
-    if name == "torchvision":
-        return _roi_align_by_level
-    backend = "reference" if name == "compile" else name
-    status = {(choice.op, choice.device_type): choice for choice in backend_status()}["roi_align", device]
-    if backend in status.unavailable:
-        pytest.skip(status.unavailable[backend])
-
-    def run(features, boxes):
-        with use_backend(backend):
-            return roi_align(features, boxes, STRIDES, SIZE)
-
-    if name != "compile":
-        return run
-    torch.compiler.reset()
-    compiled = torch.compile(roi_align, fullgraph=True, dynamic=False)
-
-    def run_compiled(features, boxes):
-        with use_backend("reference"):
-            return compiled(features, boxes, STRIDES, SIZE)
-
-    return run_compiled
+def _roi_align(features, boxes):
+    return roi_align(features, boxes, STRIDES, SIZE)
 
 
 def _inputs(images, count, channels, height, width, dtype, device, layout):
@@ -94,24 +73,25 @@ CASES = [
 @pytest.mark.parametrize("direction", ["fwd", "bwd"])
 @pytest.mark.parametrize("implementation", ["reference", "compile", "torchvision", *BACKENDS[1:]])
 @pytest.mark.parametrize(("name", "sizes", "dtype", "device", "layout"), CASES)
-def test_roi_align(compare, name, sizes, dtype, device, layout, implementation, direction):
-    if implementation == "triton" and device == "cpu":
-        pytest.skip("Triton's interpreter is no benchmark")
+def test_roi_align(compare, run_as, name, sizes, dtype, device, layout, implementation, direction):
+    if implementation == "torchvision":
+        function = _roi_align_by_level
+    else:
+        function = run_as("roi_align", implementation, device, _roi_align)
+    reference = run_as("roi_align", "reference", device, _roi_align)
     torch.manual_seed(0)
     features, boxes = _inputs(*sizes, dtype, device, layout)
     weight = torch.randn(*boxes.shape[:2], sizes[2], SIZE, SIZE).to(device, dtype)
 
-    def forward(kind):
-        run = _implementation(kind, device)
-
+    def forward(run):
         def call():
             with torch.no_grad():
                 return [run(features, boxes)]
 
         return call
 
-    def backward(kind):
-        pooled = _implementation(kind, device)(features, boxes)
+    def backward(run):
+        pooled = run(features, boxes)
         return lambda: torch.autograd.grad(pooled, features, weight, retain_graph=True)
 
     make = forward if direction == "fwd" else backward
@@ -122,7 +102,7 @@ def test_roi_align(compare, name, sizes, dtype, device, layout, implementation, 
         f"{direction} {name}",
         implementation,
         device,
-        make(implementation),
-        make("reference"),
+        make(function),
+        make(reference),
         nbytes,
     )

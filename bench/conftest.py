@@ -182,8 +182,8 @@ def run_as():
     """
 
     def choose(
-        op: str, implementation: str, device: str, function: Callable[[], Sequence[Tensor]]
-    ) -> Callable[[], Sequence[Tensor]]:
+        op: str, implementation: str, device: str, function: Callable[..., Sequence[Tensor]]
+    ) -> Callable[..., Sequence[Tensor]]:
         backend = "reference" if implementation == "compile" else implementation
         status = {(choice.op, choice.device_type): choice for choice in backend_status()}[op, device]
         if backend in status.unavailable:
@@ -194,9 +194,9 @@ def run_as():
             torch.compiler.reset()
             function = torch.compile(function, fullgraph=True, dynamic=False)
 
-        def run() -> Sequence[Tensor]:
+        def run(*args: object) -> Sequence[Tensor]:
             with use_backend(backend):
-                return function()
+                return function(*args)
 
         return run
 

@@ -1,14 +1,15 @@
 """Times training steps of our detectors and of torchvision's in turns, in one process.
 
     python bench/step_time.py configs/bccd.py configs/bccd_baseline.py --data.root ../shared/data/bccd
+    python bench/step_time.py configs/bccd.py --backends native reference --rounds 50 --data.root ...
 
 Each round takes one batch and steps every detector on it, in changing order, so that what else the machine
-does hits all alike. It prints the median seconds per step and the ratio to torchvision's detector of the
-same sizes (built from the last config). Loading is not timed. ``--rounds N`` sets the number of rounds.
+does hits all alike. It prints the seconds per step, median and sum, and the ratio to torchvision's detector
+of the same sizes (built from the last config). Loading is not timed. Other flags set fields of the configs.
 """
 
+import argparse
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -18,49 +19,57 @@ from torchvision_baseline import TorchvisionDetector
 from drcnn.config import load_config
 from drcnn.data import load_split, train_loader
 from drcnn.engine.optim import build_optimizer
+from drcnn.ops import use_backend
 
 WARM_UP = 2
 
 
 def main() -> None:
     """Times and prints."""
-    arguments = sys.argv[1:]
-    files = [argument for argument in arguments if argument.endswith(".py")]
-    flags = [argument for argument in arguments if argument not in files]
-    rounds = 15
-    if "--rounds" in flags:
-        place = flags.index("--rounds")
-        rounds = int(flags[place + 1])
-        del flags[place : place + 2]
-    configs = {Path(file).stem: load_config(file, flags) for file in files}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("configs", nargs="+", help="files in configs/")
+    parser.add_argument("--rounds", type=int, default=15, help="timed steps of each detector")
+    parser.add_argument("--backends", nargs="+", default=["auto"], help="run each config on each of these")
+    arguments, flags = parser.parse_known_args()
+    configs = {Path(file).stem: load_config(file, flags) for file in arguments.configs}
     last = list(configs.values())[-1]
+    detectors = {
+        name if backend == "auto" else f"{name} {backend}": (config.model, backend)
+        for name, config in configs.items()
+        for backend in arguments.backends
+    }
     torch.manual_seed(0)
-    models = {name: config.model.build().train() for name, config in configs.items()}
+    models = {name: detector.build().train() for name, (detector, _) in detectors.items()}
     models["torchvision"] = TorchvisionDetector(last).train()
     optimizers = {
         name: build_optimizer(last.optim, model, last.data.batch_size) for name, model in models.items()
     }
     seconds: dict[str, list[float]] = {name: [] for name in models}
     dataset = load_split(last.data, "train")
-    batches = train_loader(dataset, last.data, seed=0, start_step=0, num_steps=rounds + WARM_UP)
+    batches = train_loader(dataset, last.data, seed=0, start_step=0, num_steps=arguments.rounds + WARM_UP)
     names = list(models)
     for index, batch in enumerate(batches):
         for name in names[index % len(names) :] + names[: index % len(names)]:
-            start = time.perf_counter()
-            loss = sum(models[name](batch.images, batch.targets).values())
-            optimizers[name].zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(models[name].parameters(), 10.0)
-            optimizers[name].step()
-            if name in configs:
-                models[name].dynamics.update()
+            _, backend = detectors.get(name, (None, "auto"))
+            with use_backend(backend):
+                start = time.perf_counter()
+                loss = sum(models[name](batch.images, batch.targets).values())
+                optimizers[name].zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(models[name].parameters(), 10.0)
+                optimizers[name].step()
+                if name in detectors:
+                    models[name].dynamics.update()
             if index >= WARM_UP:
                 seconds[name].append(time.perf_counter() - start)
-    base = statistics.median(seconds["torchvision"])
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {rounds} rounds in turns")
+    base = sum(seconds["torchvision"])
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.rounds} rounds in turns")
     for name, values in seconds.items():
         median = statistics.median(values)
-        print(f"{name:<16} {median:.3f} s/step  {base / median:.2f}x torchvision's speed")
+        print(
+            f"{name:<24} {median:.3f} s/step, {sum(values):.1f} s in all  "
+            f"{base / sum(values):.2f}x torchvision's speed"
+        )
 
 
 if __name__ == "__main__":

@@ -27,14 +27,19 @@ ITERATIONS_1X = 90_000
 MILESTONES_1X = (60_000, 80_000)
 
 
-def faster_rcnn(backbone: ResNetName = "resnet50", num_classes: int = 80) -> FasterRCNNConfig:
+def faster_rcnn(
+    backbone: ResNetName = "resnet50", num_classes: int = 80, deformable: bool = False
+) -> FasterRCNNConfig:
     """Faster R-CNN with FPN on an ImageNet backbone.
 
     Args:
-        backbone: torchvision's name.
+        backbone: torchvision's name. `resnext101_32x4d` has no weights there and starts from none: give a
+            file by ``--model.backbone.weights``.
         num_classes: object classes, without the background.
+        deformable: modulated deformable convolution (v2) in C3 to C5.
     """
-    return FasterRCNNConfig(num_classes, ResNetConfig(backbone, weights="IMAGENET1K_V1"))
+    weights = "none" if backbone == "resnext101_32x4d" else "IMAGENET1K_V1"
+    return FasterRCNNConfig(num_classes, ResNetConfig(backbone, weights, deformable=deformable))
 
 
 def light_faster_rcnn(num_classes: int) -> FasterRCNNConfig:
@@ -102,20 +107,8 @@ def small_images(root: str, batch_size: int = 4) -> DataConfig:
         root: folder with ``images`` and ``annotations/instances_{train,val,test}.json``.
         batch_size: images a step.
     """
-    splits = {
-        name: SplitConfig("images", f"annotations/instances_{name}.json") for name in ("train", "val", "test")
-    }
-    return DataConfig(
-        root,
-        **splits,
-        batch_size=batch_size,
-        short_sides=(256,),
-        max_size=448,
-        test_short_side=256,
-        test_max_size=448,
-        vflip=0.5,
-        pad_step=32,
-    )
+    folders = {"train": "images", "val": "images", "test": "images"}
+    return _at_one_scale(root, folders, batch_size, short_side=256, max_size=448)
 
 
 def synthetic_shapes(root: str, batch_size: int = 4) -> DataConfig:
@@ -125,20 +118,26 @@ def synthetic_shapes(root: str, batch_size: int = 4) -> DataConfig:
         root: folder to make.
         batch_size: images a step.
     """
-    splits = {
-        name: SplitConfig(f"images/{name}", f"annotations/instances_{name}.json") for name in ("train", "val")
-    }
+    folders = {"train": "images/train", "val": "images/val"}
+    data = _at_one_scale(root, folders, batch_size, short_side=160, max_size=256)
+    return replace(data, synthetic=SyntheticConfig())
+
+
+def _at_one_scale(
+    root: str, folders: dict[str, str], batch_size: int, short_side: int, max_size: int
+) -> DataConfig:
+    """Small images of one scale, flipped both ways; ``folders`` holds the images of each split."""
+    splits = {name: SplitConfig(folders[name], f"annotations/instances_{name}.json") for name in folders}
     return DataConfig(
         root,
         **splits,
         batch_size=batch_size,
-        short_sides=(160,),
-        max_size=256,
-        test_short_side=160,
-        test_max_size=256,
+        short_sides=(short_side,),
+        max_size=max_size,
+        test_short_side=short_side,
+        test_max_size=max_size,
         vflip=0.5,
         pad_step=32,
-        synthetic=SyntheticConfig(),
     )
 
 

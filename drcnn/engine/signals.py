@@ -47,8 +47,3 @@ class StopRequest:
             # A signal to the whole process group ends the loader's workers as well. torch would raise that
             # anywhere, such as half-way through the optimizer's step; the next fetch notices it anyway.
             self._before.setdefault(signal.SIGCHLD, signal.signal(signal.SIGCHLD, lambda *_: None))
-
-    @property
-    def name(self) -> str:
-        """Name of the signal that came, such as ``SIGTERM``."""
-        return signal.Signals(self.signal).name

@@ -10,6 +10,7 @@ from drcnn.models.mask_head import MaskHead, MaskHeadConfig
 from drcnn.models.retinanet import RetinaNet, RetinaNetConfig, RetinaNetHeadConfig
 from drcnn.models.roi_heads import BoxHead, BoxHeadConfig
 from drcnn.models.rpn import RPN, RPNConfig
+from drcnn.models.timm_backbone import TimmConfig
 
 __all__ = [
     "FCOS",
@@ -31,4 +32,5 @@ __all__ = [
     "RetinaNet",
     "RetinaNetConfig",
     "RetinaNetHeadConfig",
+    "TimmConfig",
 ]

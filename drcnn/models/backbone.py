@@ -1,16 +1,29 @@
-"""ResNet and ResNeXt backbones from torchvision."""
+"""ResNet and ResNeXt backbones from torchvision, plain or with deformable convolution."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-import torchvision
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.models.resnet import ResNet as Classifier
 from torchvision.ops import FrozenBatchNorm2d
 
-ResNetName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnext101_32x8d"]
+from drcnn.models.deformable import ModulatedDeformConv2d
+
+ResNetName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnext101_32x4d", "resnext101_32x8d"]
 Norm = Literal["frozen_bn", "bn", "gn"]
+
+_SHAPES: dict[str, tuple[type[nn.Module], tuple[int, ...], int, int]] = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2), 1, 64),
+    "resnet34": (BasicBlock, (3, 4, 6, 3), 1, 64),
+    "resnet50": (Bottleneck, (3, 4, 6, 3), 1, 64),
+    "resnet101": (Bottleneck, (3, 4, 23, 3), 1, 64),
+    "resnext101_32x4d": (Bottleneck, (3, 4, 23, 3), 32, 4),
+    "resnext101_32x8d": (Bottleneck, (3, 4, 23, 3), 32, 8),
+}
+"""Block, blocks of each stage, groups and width of a group (He et al., Xie et al.: their table 1)."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +40,8 @@ class ResNetConfig:
     """Parts that are not trained, from the input: 0 none, 1 the stem, 2 the stem and C2, ... 5 all."""
     stride_in_1x1: bool = False
     """Blocks stride in their first 1 x 1 convolution, as the ResNets from Caffe do, not in the 3 x 3 one."""
+    deformable: bool = False
+    """Modulated deformable convolution (v2) in the last 3x3 of each block of C3 to C5."""
 
     def build(self) -> "ResNet":
         """Makes the backbone with random weights."""
@@ -61,7 +76,10 @@ class ResNet(nn.Module):
         super().__init__()
         if not 0 <= config.frozen_stages <= 5:
             raise ValueError(f"frozen_stages must be 0 to 5, got {config.frozen_stages}")
-        body = torchvision.models.get_model(config.name, weights=None, norm_layer=norm_layer(config.norm))
+        block, blocks, groups, width = _SHAPES[config.name]
+        body = Classifier(
+            block, list(blocks), groups=groups, width_per_group=width, norm_layer=norm_layer(config.norm)
+        )
         self.conv1, self.bn1, self.relu, self.maxpool = body.conv1, body.bn1, body.relu, body.maxpool
         self.layer1, self.layer2, self.layer3, self.layer4 = (
             body.layer1,
@@ -72,6 +90,9 @@ class ResNet(nn.Module):
         if config.stride_in_1x1:
             for layer in (self.layer2, self.layer3, self.layer4):
                 layer[0].conv1.stride, layer[0].conv2.stride = layer[0].conv2.stride, layer[0].conv1.stride
+        if config.deformable:
+            for unit in (*self.layer2, *self.layer3, *self.layer4):
+                unit.conv2 = ModulatedDeformConv2d.like(unit.conv2)
         self.channels = tuple(body.fc.in_features >> shift for shift in (3, 2, 1, 0))
         self.strides = (4, 8, 16, 32)
         stem = nn.ModuleList([self.conv1, self.bn1])

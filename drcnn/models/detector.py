@@ -14,6 +14,7 @@ from drcnn.models.mask_head import MaskHeadConfig
 from drcnn.models.pixels import normalize
 from drcnn.models.roi_heads import BoxHeadConfig
 from drcnn.models.rpn import RPNConfig
+from drcnn.models.timm_backbone import TimmConfig
 from drcnn.structures import Detections, ImageBatch, Targets
 
 
@@ -27,7 +28,7 @@ class FasterRCNNConfig:
 
     num_classes: int = 80
     """K: object classes, without the background."""
-    backbone: ResNetConfig = field(default_factory=ResNetConfig)
+    backbone: ResNetConfig | TimmConfig = field(default_factory=ResNetConfig)
     """Backbone."""
     fpn: FPNConfig = field(default_factory=FPNConfig)
     """Feature pyramid."""

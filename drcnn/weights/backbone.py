@@ -11,16 +11,18 @@ from torch import Tensor, nn
 from torchvision.models import WeightsEnum, get_model_weights
 
 from drcnn.errors import WeightsError
+from drcnn.models.timm_backbone import TimmBackbone
 from drcnn.weights.files import read_state_dict
 from drcnn.weights.loading import LoadReport, copy_tensors, sort_tensors
 
 _ARCHITECTURES = {
-    ("BasicBlock", (2, 2, 2, 2), 1): "resnet18",
-    ("BasicBlock", (3, 4, 6, 3), 1): "resnet34",
-    ("Bottleneck", (3, 4, 6, 3), 1): "resnet50",
-    ("Bottleneck", (3, 4, 23, 3), 1): "resnet101",
-    ("Bottleneck", (3, 4, 23, 3), 32): "resnext101_32x8d",
+    ("BasicBlock", (2, 2, 2, 2), 64): "resnet18",
+    ("BasicBlock", (3, 4, 6, 3), 64): "resnet34",
+    ("Bottleneck", (3, 4, 6, 3), 64): "resnet50",
+    ("Bottleneck", (3, 4, 23, 3), 64): "resnet101",
+    ("Bottleneck", (3, 4, 23, 3), 256): "resnext101_32x8d",
 }
+"""By block, blocks of each stage, and channels within the first block."""
 _PREFIXES = ("", "backbone.body.", "backbone.", "body.")
 """Where a classifier, torchvision's detectors, ours, and torchvision's backbones keep the body."""
 _ALTERNATIVE = (
@@ -30,12 +32,13 @@ _TIMEOUT = 30.0
 
 
 def load_backbone_weights(backbone: nn.Module, name_or_path: str | os.PathLike) -> LoadReport:
-    """Loads pretrained weights into a ResNet; the classifier's ``fc`` is left out.
+    """Loads pretrained weights into a backbone; the classifier is left out.
 
     Args:
-        backbone: module with torchvision's parameter names.
+        backbone: ResNet with torchvision's parameter names, or a backbone of timm.
         name_or_path: name of torchvision weights such as "IMAGENET1K_V1" (downloaded once, checked by
-            hash), or the path of a .pth, .pt or .safetensors file of a classifier or of a detector.
+            hash), "pretrained" for timm's, or the path of a .pth, .pt or .safetensors file of a classifier
+            or, for a ResNet, of a detector.
 
     Returns:
         What was matched.
@@ -44,17 +47,36 @@ def load_backbone_weights(backbone: nn.Module, name_or_path: str | os.PathLike) 
         WeightsError: no such name or file, a failed download, or tensors that do not fit the backbone; the
             backbone is then unchanged.
     """
+    if isinstance(backbone, TimmBackbone):
+        copy_tensors(tensors := _from_timm(backbone, str(name_or_path)), backbone)
+        return LoadReport("timm", matched=list(tensors))
     if _is_path(name_or_path):
         source, tensors = str(name_or_path), read_state_dict(name_or_path)
     else:
         weights = _named_weights(backbone, str(name_or_path))
         source, tensors = str(weights), _download(weights)
     report = LoadReport("backbone")
-    fitting = sort_tensors(_body(tensors, source), backbone.state_dict(), report)
+    own = backbone.state_dict()
+    # Classifiers are trained without offsets, which then stay at zero.
+    offsets = tuple(name for name in own if ".conv_offset." in name)
+    fitting = sort_tensors(_body(tensors, source), own, report, offsets)
     if not report.complete:
         raise WeightsError(f"{source} does not fit the backbone ({report.problems()}); {_advice(report)}")
     copy_tensors(fitting, backbone)
     return report
+
+
+def _from_timm(backbone: TimmBackbone, name_or_path: str) -> dict[str, Tensor]:
+    if name_or_path != "pretrained" and not os.path.exists(name_or_path):
+        raise WeightsError(f"weights file not found: {name_or_path}; give a file, `pretrained` or `none`")
+    try:
+        with _timeout(_TIMEOUT):
+            return backbone.pretrained(name_or_path)
+    except Exception as error:  # whatever the hub's client, the network or a strange file brings about
+        cause = " ".join(str(error).split())[:200] or type(error).__name__
+        raise WeightsError(
+            f"timm could not load {name_or_path} into {backbone.config.name}: {cause}; {_ALTERNATIVE}"
+        ) from None
 
 
 def _is_path(name_or_path: str | os.PathLike) -> bool:
@@ -79,9 +101,9 @@ def _architecture(backbone: nn.Module) -> str:
     """Tells which of torchvision's ResNets a module is from its blocks."""
     stages = [backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4]
     block = stages[0][0]
-    key = (type(block).__name__, tuple(map(len, stages)), block.conv2.groups)
+    key = (type(block).__name__, tuple(map(len, stages)), block.conv1.out_channels)
     if key not in _ARCHITECTURES:
-        raise WeightsError(f"torchvision has no weights for a backbone of {key}; give a file or none")
+        raise WeightsError(f"torchvision has no weights for a backbone of {key}; {_ALTERNATIVE}")
     return _ARCHITECTURES[key]
 
 

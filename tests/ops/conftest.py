@@ -23,16 +23,28 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             metafunc.parametrize((argument, "device"), cases)
 
 
-def _case(operator: str, backend: str, device: str):
+def _unavailable(operator: str, backend: str, device: str) -> str | None:
+    """Why the backend cannot run the operator on the device, or None."""
     if device == "cuda" and not torch.cuda.is_available():
-        reason = "no CUDA device"
-    else:
-        status = {(choice.op, choice.device_type): choice for choice in backend_status()}
-        reason = status[operator, device].unavailable.get(backend)
+        return "no CUDA device"
+    status = {(choice.op, choice.device_type): choice for choice in backend_status()}
+    return status[operator, device].unavailable.get(backend)
+
+
+def _case(operator: str, backend: str, device: str):
+    reason = _unavailable(operator, backend, device)
     marks = [pytest.mark.skipif(reason is not None, reason=str(reason))]
     marks += [pytest.mark.triton] if backend == "triton" else []
     marks += [pytest.mark.gpu] if device == "cuda" else []
     return pytest.param(backend, device, id=f"{backend}-{device}", marks=marks)
+
+
+@pytest.fixture
+def native_on_cpu(request):
+    """Skips, with the reason, where the module's ``OPERATOR`` has no native kernel for the CPU."""
+    reason = _unavailable(request.module.OPERATOR, "native", "cpu")
+    if reason is not None:
+        pytest.skip(reason)
 
 
 @pytest.fixture
@@ -135,7 +147,9 @@ def never_waits():
 
 @pytest.fixture
 def in_the_interpreter():
-    """``in_the_interpreter(file)``: runs a module's Triton tests in Triton's interpreter.
+    """``in_the_interpreter(file, *flags)``: runs a module's Triton tests in Triton's interpreter.
+
+    More flags of pytest may select among them.
 
     Triton reads TRITON_INTERPRET when it is imported, hence the process of its own.
     """
@@ -143,7 +157,7 @@ def in_the_interpreter():
         pytest.skip("this run interprets Triton already")
     pytest.importorskip("triton", reason="triton is not installed")
 
-    def run(file: str) -> None:
+    def run(file: str, *flags: str) -> None:
         command = [
             sys.executable,
             "-m",
@@ -157,7 +171,7 @@ def in_the_interpreter():
         ]
         environment = os.environ | {"TRITON_INTERPRET": "1"}
         result = subprocess.run(
-            [*command, file], env=environment, capture_output=True, text=True, check=False
+            [*command, *flags, file], env=environment, capture_output=True, text=True, check=False
         )
         assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
         assert " passed" in result.stdout

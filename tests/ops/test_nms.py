@@ -1,42 +1,16 @@
 """nms: every backend against the plain rounds and against torchvision, exactly."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
 import torchvision
 
-from drcnn.ops import backend_status, nms, use_backend
+from drcnn.ops import nms, use_backend
 from drcnn.ops.nms import float32_floor, nms_reference, nms_torchvision
 
+OPERATOR = "nms"
 THRESHOLDS = (0.3, 0.5, 0.85)
 NAN, INF = float("nan"), float("inf")
-
-
-def _runnable(backend: str, device: str) -> str | None:
-    """Why the backend cannot run nms on the device, or None."""
-    if device == "cuda" and not torch.cuda.is_available():
-        return "no CUDA device"
-    status = {(c.op, c.device_type): c for c in backend_status()}
-    return status["nms", device].unavailable.get(backend)
-
-
-def _case(backend: str, device: str):
-    marks = [getattr(pytest.mark, backend)] if backend == "triton" else []
-    marks += [pytest.mark.gpu] if device == "cuda" else []
-    reason = _runnable(backend, device)
-    marks += [pytest.mark.skipif(reason is not None, reason=str(reason))]
-    return pytest.param(backend, device, id=f"{backend}-{device}", marks=marks)
-
-
-KERNELS = [_case(backend, device) for backend in ("native", "triton") for device in ("cpu", "cuda")]
-on_kernels = pytest.mark.parametrize(("backend", "device"), KERNELS)
-on_all = pytest.mark.parametrize(
-    ("backend", "device"), [_case("reference", "cpu"), _case("reference", "cuda"), *KERNELS]
-)
 
 
 def crowded(n, batch=2, groups=3, seed=0, device="cpu"):
@@ -73,7 +47,6 @@ def _check(backend, device, boxes, scores, groups, valid, threshold, slots, name
     _assert_same(result, nms_reference(*inputs, threshold, most), f"{name} rounds")
 
 
-@on_all
 @pytest.mark.parametrize("threshold", THRESHOLDS)
 @pytest.mark.parametrize(
     ("n", "slots"), [(0, 0), (0, 5), (1, 1), (17, 9), (60, 60), (200, 15), (333, 0), (333, 1000)]
@@ -82,14 +55,12 @@ def test_agrees_with_both_pytorch_forms(backend, device, n, slots, threshold):
     _check(backend, device, *crowded(n), threshold, slots)
 
 
-@on_all
 @pytest.mark.parametrize("groups", [1, 2, 80])
 @pytest.mark.parametrize("batch", [0, 1, 5])
 def test_batches_and_groups(backend, device, batch, groups):
     _check(backend, device, *crowded(150, batch, groups), 0.4, 100)
 
 
-@on_all
 def test_agrees_with_batched_nms_of_torchvision(backend, device):
     boxes, scores, groups, valid = crowded(150)
     # batched_nms itself does not sort stably: without ties in the scores both orders are the same.
@@ -103,28 +74,25 @@ def test_agrees_with_batched_nms_of_torchvision(backend, device):
         assert found == own[kept][:40].tolist()
 
 
-@on_kernels
 @pytest.mark.parametrize("slots", [50, 5000])
-def test_training_size(backend, device, slots):
-    if backend == "triton" and device == "cpu":
+def test_training_size(kernel, device, slots):
+    if kernel == "triton" and device == "cpu":
         pytest.skip("the interpreter would take a minute")
     boxes, scores, groups, valid = crowded(5000, groups=5, seed=1)
     boxes += torch.randint(0, 12, (2, 5000, 1), generator=torch.Generator().manual_seed(2)) * 100.0
-    result = _run(backend, *(t.to(device) for t in (boxes, scores, groups, valid)), 0.7, slots)
+    result = _run(kernel, *(t.to(device) for t in (boxes, scores, groups, valid)), 0.7, slots)
     _assert_same(result, nms_torchvision(boxes, scores, groups, valid, 0.7, slots))
 
 
-@on_kernels
-def test_detections_of_which_few_are_valid(backend, device):
+def test_detections_of_which_few_are_valid(kernel, device):
     boxes, scores, groups, _ = crowded(20_000, groups=80, seed=3)
     valid = torch.rand(2, 20_000, generator=torch.Generator().manual_seed(2)) < 0.02
-    result = _run(backend, *(t.to(device) for t in (boxes, scores, groups, valid)), 0.5, 100)
+    result = _run(kernel, *(t.to(device) for t in (boxes, scores, groups, valid)), 0.5, 100)
     _assert_same(result, nms_torchvision(boxes, scores, groups, valid, 0.5, 100))
 
 
-@on_kernels
-def test_a_million_boxes(backend, device):
-    if backend == "triton" and device == "cpu":
+def test_a_million_boxes(kernel, device):
+    if kernel == "triton" and device == "cpu":
         pytest.skip("the interpreter would take minutes for a million boxes")
     generator = torch.Generator().manual_seed(0)
     corner = torch.rand(1, 1_000_003, 2, generator=generator) * 4000
@@ -132,7 +100,7 @@ def test_a_million_boxes(backend, device):
     scores = torch.rand(1, 1_000_003, generator=generator)
     groups = torch.randint(0, 1000, scores.shape, generator=generator)
     valid = torch.rand(scores.shape, generator=generator) > 0.1
-    result = _run(backend, *(t.to(device) for t in (boxes, scores, groups, valid)), 0.5, 1000)
+    result = _run(kernel, *(t.to(device) for t in (boxes, scores, groups, valid)), 0.5, 1000)
     # What is kept among the best 20 000 does not depend on the others.
     best = torch.where(valid, scores, -1.0).topk(20_000).indices.sort().values
     rows = (tensor.gather(1, best) for tensor in (scores, groups, valid))
@@ -141,15 +109,13 @@ def test_a_million_boxes(backend, device):
     _assert_same(result, (best.gather(1, index), kept))
 
 
-@on_all
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_dtypes_are_computed_in_float32(backend, device, dtype):
     boxes, scores, groups, valid = crowded(90)
     _check(backend, device, boxes.to(dtype), scores.to(dtype), groups, valid, 0.5, 60)
 
 
-@on_kernels
-def test_layouts(backend, device):
+def test_layouts(kernel, device):
     boxes, scores, groups, valid = crowded(120)
     expected = nms_reference(boxes, scores, groups, valid, 0.5, 80)
     boxes, scores, groups, valid = (tensor.to(device) for tensor in (boxes, scores, groups, valid))
@@ -157,15 +123,14 @@ def test_layouts(backend, device):
     boxes_first = boxes.transpose(0, 1).contiguous().transpose(0, 1)
     off_boundary = torch.zeros(boxes.numel() + 1, device=device)[1:].view_as(boxes).copy_(boxes)
     for layout in (coordinates_first, boxes_first, off_boundary):
-        _assert_same(_run(backend, layout, scores, groups, valid, 0.5, 80), expected)
+        _assert_same(_run(kernel, layout, scores, groups, valid, 0.5, 80), expected)
     strided = [tensor.repeat_interleave(2, dim=1)[:, ::2] for tensor in (scores, groups, valid)]
-    _assert_same(_run(backend, boxes, *strided, 0.5, 80), expected)
+    _assert_same(_run(kernel, boxes, *strided, 0.5, 80), expected)
     one_group = groups[:, :1].expand(-1, 120)
     inputs = (boxes.cpu(), scores.cpu(), one_group.cpu(), valid.cpu())
-    _assert_same(_run(backend, boxes, scores, one_group, valid, 0.5, 80), nms_reference(*inputs, 0.5, 80))
+    _assert_same(_run(kernel, boxes, scores, one_group, valid, 0.5, 80), nms_reference(*inputs, 0.5, 80))
 
 
-@on_all
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # Triton's interpreter computes with NumPy
 def test_broken_boxes(backend, device):
     """NaN, inf, negative sizes, empty boxes, overflowing areas: torchvision decides what becomes of them."""
@@ -179,7 +144,6 @@ def test_broken_boxes(backend, device):
         _check(backend, device, boxes, scores, groups, valid, threshold, 300, f"threshold {threshold}")
 
 
-@on_all
 def test_broken_scores_come_in_the_order_of_sort(backend, device):
     boxes, scores, groups, valid = crowded(200)
     special = torch.tensor([NAN, -NAN, INF, -INF, 0.0, -0.0, 1e-45, -1e-45, 3e38, -3e38])
@@ -187,7 +151,6 @@ def test_broken_scores_come_in_the_order_of_sort(backend, device):
     _check(backend, device, boxes, scores, groups, valid, 0.5, 150)
 
 
-@on_all
 def test_duplicates_and_all_ties(backend, device):
     boxes = torch.tensor([0.0, 0.0, 10.0, 10.0]).expand(1, 130, 4).contiguous()
     valid = torch.ones(1, 130, dtype=torch.bool)
@@ -199,7 +162,6 @@ def test_duplicates_and_all_ties(backend, device):
     assert result.index[0].tolist() == list(range(130)) and result.valid.all()
 
 
-@on_all
 def test_a_chain_is_kept_by_every_second(backend, device):
     """Each box overlaps the next alone, so that each decision waits for the one before."""
     x = torch.arange(400.0) * 5
@@ -210,7 +172,6 @@ def test_a_chain_is_kept_by_every_second(backend, device):
     assert result.index[0, :200].tolist() == list(range(0, 400, 2)) and result.valid.sum() == 200
 
 
-@on_all
 def test_any_numbers_name_groups(backend, device):
     boxes, scores, groups, valid = crowded(300, groups=9)
     names = torch.tensor([-(2**63), 2**63 - 1, -1, 0, 1, 256, 2**32, 2**32 + 1, 65536 * 257])
@@ -219,7 +180,6 @@ def test_any_numbers_name_groups(backend, device):
     _check(backend, device, boxes, scores, own, valid, 0.5, 300, "one group for each box")
 
 
-@on_all
 def test_without_valid_boxes_keeps_nothing(backend, device):
     boxes, scores, groups, valid = crowded(10, device=device)
     result = _run(backend, boxes, scores, groups, torch.zeros_like(valid), 0.5, 5)
@@ -228,7 +188,6 @@ def test_without_valid_boxes_keeps_nothing(backend, device):
     assert everything.valid.all()
 
 
-@on_all
 def test_the_threshold_is_compared_in_float64(backend, device):
     """The IoU of the boxes is the float32 next to 0.7, which lies below 0.7 in float64."""
     boxes = torch.tensor([[[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, 7.0]]])
@@ -244,7 +203,6 @@ def test_the_threshold_is_compared_in_float64(backend, device):
     assert kept == [2, 2, 1, 2, 1]
 
 
-@on_all
 def test_many_ious_at_the_threshold(backend, device):
     """Boxes on a grid of integers have few different IoUs; each of them is the threshold once."""
     generator = torch.Generator().manual_seed(0)
@@ -268,46 +226,27 @@ def test_float32_floor_divides_the_float32_as_the_float64_does():
             assert (value > floor) == (float(value) > threshold)
 
 
-@on_kernels
-def test_no_element_is_left_unwritten(backend, device, monkeypatch):
-    """New memory holds the greatest int64 and True, so that a slot that a kernel skips shows."""
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True)
-    try:
-        for n in (1, 63, 64, 65, 300):
-            boxes, scores, groups, valid = crowded(n)
-            for rows in (valid, valid & (torch.arange(n) < 3)):
-                _check(backend, device, boxes, scores, groups, rows, 0.5, n)
-    finally:
-        torch.use_deterministic_algorithms(False)
+def test_no_element_is_left_unwritten(kernel, device, poisoned_memory):
+    for n in (1, 63, 64, 65, 300):
+        boxes, scores, groups, valid = crowded(n)
+        for rows in (valid, valid & (torch.arange(n) < 3)):
+            _check(kernel, device, boxes, scores, groups, rows, 0.5, n)
 
 
-@on_kernels
-def test_equal_inputs_give_equal_results(backend, device):
+def test_equal_inputs_give_equal_results(kernel, device):
     inputs = crowded(500, device=device)
-    first = _run(backend, *inputs, 0.6, 300)
+    first = _run(kernel, *inputs, 0.6, 300)
     for _ in range(3):
-        _assert_same(_run(backend, *inputs, 0.6, 300), first)
+        _assert_same(_run(kernel, *inputs, 0.6, 300), first)
 
 
-def test_native_does_not_depend_on_the_number_of_threads():
-    reason = _runnable("native", "cpu")
-    if reason:
-        pytest.skip(reason)
+def test_native_does_not_depend_on_the_number_of_threads(native_on_cpu, thread_counts):
     inputs = crowded(4000, groups=7)
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(_run("native", *inputs, 0.7, 4000))
-    finally:
-        torch.set_num_threads(before)
+    results = thread_counts(lambda: _run("native", *inputs, 0.7, 4000))
     for result in results[1:]:
         _assert_same(result, results[0])
 
 
-@on_all
 def test_opcheck(backend, device):
     namespace = {"reference": "drcnn_python", "native": "drcnn", "triton": "drcnn_triton"}[backend]
     boxes, scores, groups, valid = crowded(20, device=device)
@@ -318,7 +257,6 @@ def test_opcheck(backend, device):
             torch.library.opcheck(getattr(torch.ops, namespace).nms.default, arguments)
 
 
-@on_all
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_traces_as_one_graph(backend, device, dynamic):
     def best(boxes, scores, groups, valid):
@@ -332,7 +270,6 @@ def test_traces_as_one_graph(backend, device, dynamic):
             torch.testing.assert_close(compiled(*inputs), best(*inputs))
 
 
-@on_all
 def test_no_gradient_flows(backend, device):
     boxes, scores, groups, valid = crowded(30, device=device)
     result = _run(backend, boxes.requires_grad_(), scores.requires_grad_(), groups, valid, 0.5, 10)
@@ -341,15 +278,10 @@ def test_no_gradient_flows(backend, device):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("backend", ["reference", "native", "triton"])
-def test_never_waits_for_the_device(backend):
+@pytest.mark.parametrize("name", ["reference", "native", "triton"])
+def test_never_waits_for_the_device(name, never_waits):
     inputs = crowded(500, device="cuda")
-    _run(backend, *inputs, 0.5, 100)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        _run(backend, *inputs, 0.5, 100)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    never_waits(lambda: _run(name, *inputs, 0.5, 100))
 
 
 @pytest.mark.parametrize(
@@ -372,7 +304,6 @@ def test_says_what_does_not_fit(change, message):
         nms(**(arguments | {"iou_threshold": 0.5, "max_output": 2} | change))
 
 
-@on_kernels
 @pytest.mark.parametrize(
     ("position", "value", "message"),
     [
@@ -385,9 +316,9 @@ def test_says_what_does_not_fit(change, message):
         (5, -1, "slots must be >= 0"),
     ],
 )
-def test_native_operator_itself_reads_nothing_that_does_not_fit(backend, device, position, value, message):
+def test_native_operator_itself_reads_nothing_that_does_not_fit(kernel, device, position, value, message):
     """torch.ops.drcnn can be called without the public function, and must not read out of bounds then."""
-    if backend == "triton":
+    if kernel == "triton":
         pytest.skip("the public function alone checks what Triton gets")
     groups, valid = torch.zeros(1, 3, dtype=torch.int64), torch.ones(1, 3, dtype=torch.bool)
     arguments = [torch.zeros(1, 3, 4), torch.zeros(1, 3), groups, valid, 0.5, 2]
@@ -397,13 +328,5 @@ def test_native_operator_itself_reads_nothing_that_does_not_fit(backend, device,
         torch.ops.drcnn.nms(*arguments)
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this run interprets Triton already")
-def test_triton_kernels_in_the_interpreter():
-    """Triton reads TRITON_INTERPRET when it is imported, hence the process of its own."""
-    pytest.importorskip("triton", reason="triton is not installed")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "triton", "-p", "no:cacheprovider", __file__]
-    result = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout
+def test_triton_kernels_in_the_interpreter(in_the_interpreter):
+    in_the_interpreter(__file__)

@@ -1,17 +1,15 @@
 """roi_align: every backend against the reference, and the reference against a plain formula."""
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import torchvision
 
-from drcnn.ops import BackendError, backend_status, fpn_level, roi_align, use_backend
+from drcnn.ops import BackendError, fpn_level, roi_align, use_backend
 from drcnn.ops.roi_align import pool_every_level
 
+OPERATOR = "roi_align"
 STRIDES = (4, 8, 16, 32)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # (images, boxes, channels, height, width), size, sampling ratio
@@ -22,29 +20,6 @@ SHAPES = (
     ((1, 6, 40, 100, 60), 2, 1),
     ((3, 4, 2, 65, 33), 9, 0),
     ((2, 0, 4, 64, 64), 7, 0),
-)
-
-
-def _runnable(backend: str, device: str) -> str | None:
-    """Why the backend cannot run roi_align on the device, or None."""
-    if device == "cuda" and not torch.cuda.is_available():
-        return "no CUDA device"
-    status = {(c.op, c.device_type): c for c in backend_status()}
-    return status["roi_align", device].unavailable.get(backend)
-
-
-def _case(backend: str, device: str):
-    marks = [getattr(pytest.mark, backend)] if backend == "triton" else []
-    marks += [pytest.mark.gpu] if device == "cuda" else []
-    reason = _runnable(backend, device)
-    marks += [pytest.mark.skipif(reason is not None, reason=str(reason))]
-    return pytest.param(backend, device, id=f"{backend}-{device}", marks=marks)
-
-
-KERNELS = [_case(backend, device) for backend in ("native", "triton") for device in ("cpu", "cuda")]
-on_kernels = pytest.mark.parametrize(("backend", "device"), KERNELS)
-on_all = pytest.mark.parametrize(
-    ("backend", "device"), [_case("reference", "cpu"), _case("reference", "cuda"), *KERNELS]
 )
 
 
@@ -113,7 +88,6 @@ def _plain(feature, box, stride, size, ratio, aligned):
     return pooled
 
 
-@on_all
 @pytest.mark.parametrize(("ratio", "aligned"), [(0, True), (0, False), (2, True)])
 def test_value_is_the_equation(backend, device, ratio, aligned):
     shape = (2, 3, 2, 32, 40)
@@ -128,7 +102,6 @@ def test_value_is_the_equation(backend, device, ratio, aligned):
             torch.testing.assert_close(pooled[image, r].cpu(), expected, rtol=1e-9, atol=1e-9)
 
 
-@on_all
 @pytest.mark.parametrize(("aligned", "ratio"), [(True, 0), (True, 2), (False, 0), (False, 2)])
 def test_agrees_with_torchvision_by_level(backend, device, aligned, ratio):
     shape = (2, 8, 5, 224, 256)
@@ -146,20 +119,36 @@ def test_agrees_with_torchvision_by_level(backend, device, aligned, ratio):
             torch.testing.assert_close(pooled[image, r], expected[0], rtol=1e-5, atol=1e-5)
 
 
-@on_kernels
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("shape", "size", "ratio"), SHAPES, ids=str)
-def test_kernel_agrees_with_reference(backend, device, shape, size, ratio, dtype, layout, deterministic):
+def test_kernel_agrees_with_reference(kernel, device, shape, size, ratio, dtype, layout, deterministic):
     features, boxes = _pyramid(shape, dtype, device, layout), _boxes(shape, device, largest=150.0)
     aligned = size != 3
-    actual = _run(backend, features, boxes, size, ratio, aligned, deterministic)
+    actual = _run(kernel, features, boxes, size, ratio, aligned, deterministic)
     _assert_same(actual, _run("reference", features, boxes, size, ratio, aligned), dtype)
 
 
-@on_kernels
-def test_layouts(backend, device):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_half_precision_under_autocast_agrees_with_float32(backend, device, dtype, layout):
+    """Pooled features and gradients are those of float32, rounded once."""
+    shape = (2, 7, 5, 96, 128)
+    features, boxes = _pyramid(shape, dtype, device, layout), _boxes(shape, device, largest=150.0)
+    weight = torch.randn(2, 7, 5, 7, 7, device=device).to(dtype)
+    with torch.autocast(device, dtype=dtype):
+        actual = _run(backend, features, boxes, 7, weight=weight)
+    expected = _run("reference", [feature.float() for feature in features], boxes, 7, weight=weight.float())
+    # Half a unit in the last place; Triton's interpreter truncates, which may take a whole one.
+    is_interpreted = (backend, device) == ("triton", "cpu")
+    tolerance = torch.finfo(dtype).eps * (1.0 if is_interpreted else 0.5)
+    for a, e in zip(actual, expected, strict=True):
+        assert a.dtype == dtype and e.dtype == torch.float32
+        torch.testing.assert_close(a.float(), e, rtol=tolerance, atol=1e-5)
+
+
+def test_layouts(kernel, device):
     """Gradients have the layout of contiguous and channels-last features; others are copied."""
     shape = (2, 6, 8, 64, 96)
     boxes = _boxes(shape, device)
@@ -174,7 +163,7 @@ def test_layouts(backend, device):
     ]
     for features in (last, strided, mixed, odd, odd_last):
         for deterministic in (False, True):
-            actual = _run(backend, features, boxes, 7, deterministic=deterministic)
+            actual = _run(kernel, features, boxes, 7, deterministic=deterministic)
             _assert_same(actual, _run("reference", features, boxes, 7))
             for feature, grad in zip(features, actual[1:], strict=True):
                 if feature.is_contiguous(memory_format=torch.channels_last):
@@ -184,11 +173,10 @@ def test_layouts(backend, device):
     # A gradient that is not contiguous.
     weight = torch.randn(2, 6, 7, 7, 8, device=device).permute(0, 1, 4, 2, 3)
     _assert_same(
-        _run(backend, last, boxes, 7, weight=weight), _run("reference", last, boxes, 7, weight=weight)
+        _run(kernel, last, boxes, 7, weight=weight), _run("reference", last, boxes, 7, weight=weight)
     )
 
 
-@on_all
 @pytest.mark.parametrize(("ratio", "aligned"), [(0, True), (2, True), (2, False)])
 def test_adversarial_boxes(backend, device, ratio, aligned):
     nan, inf = float("nan"), float("inf")
@@ -214,7 +202,6 @@ def test_adversarial_boxes(backend, device, ratio, aligned):
         _assert_same(actual, _run("reference", features, boxes, 4, ratio, aligned))
 
 
-@on_all
 def test_nothing_to_pool(backend, device):
     features = _pyramid((2, 0, 3, 64, 64), device=device)
     for shape in ((2, 0, 4), (2, 3, 4)):
@@ -224,50 +211,46 @@ def test_nothing_to_pool(backend, device):
         assert not any(grad.any() for grad in grads)
 
 
-@on_kernels
-def test_one_to_eight_levels(backend, device):
+def test_one_to_eight_levels(kernel, device):
     boxes = _boxes((2, 5, 3, 64, 64), device)
     for count in (1, 2, 8):
         features = [torch.randn(2, 3, max(64 >> k, 1), max(64 >> k, 1), device=device) for k in range(count)]
         strides = [1 << k for k in range(count)]
         results = []
-        for name in (backend, "reference"):
+        for name in (kernel, "reference"):
             with use_backend(name):
                 results.append(roi_align(features, boxes, strides, 3))
         torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
-@on_kernels
-def test_nan_stays_in_the_cells_that_see_it(backend, device):
+def test_nan_stays_in_the_cells_that_see_it(kernel, device):
     features = _pyramid((1, 0, 2, 64, 64), device=device)
     boxes = torch.tensor([[[4.0, 4, 40, 40], [30, 30, 60, 60]]], device=device)
     features[0][0, 0, 3, 3] = float("nan")
     features[0][0, 1, 12, 12] = float("inf")
-    pooled = _run(backend, features, boxes, 7)[0]
+    pooled = _run(kernel, features, boxes, 7)[0]
     torch.testing.assert_close(pooled, _run("reference", features, boxes, 7)[0], equal_nan=True)
     assert torch.isnan(pooled).any() and torch.isfinite(pooled).sum() > 100
 
 
-@on_kernels
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_gradcheck(backend, device, layout, deterministic):
+def test_gradcheck(kernel, device, layout, deterministic):
     shape = (2, 3, 2, 12, 16)
     features = [f.requires_grad_() for f in _pyramid(shape, torch.float64, device, layout, levels=2)]
     boxes = torch.tensor([[0.0, 0, 9, 9], [2, 3, 15, 11], [-3, -3, 4, 30]], device=device).expand(2, 3, 4)
-    with use_backend(backend):
+    with use_backend(kernel):
         assert torch.autograd.gradcheck(
             lambda *f: roi_align(f, boxes, (4, 8), 2, 0, True, deterministic),
             features,
             nondet_tol=0.0 if deterministic or device == "cpu" else 1e-10,
             # The whole Jacobian takes the interpreter long.
-            fast_mode=backend == "triton" and device == "cpu",
+            fast_mode=kernel == "triton" and device == "cpu",
         )
 
 
-@on_kernels
-def test_opcheck(backend, device):
-    operators = torch.ops.drcnn if backend == "native" else torch.ops.drcnn_triton
+def test_opcheck(kernel, device):
+    operators = torch.ops.drcnn if kernel == "native" else torch.ops.drcnn_triton
     shape = (2, 3, 4, 32, 48)
     boxes = _boxes(shape, device)
     levels = fpn_level(boxes, 2, 5)
@@ -289,7 +272,6 @@ def test_opcheck_of_the_reference():
     torch.library.opcheck(torch.ops.drcnn_python.roi_align.default, arguments)
 
 
-@on_all
 def test_traces_as_one_graph(backend, device):
     shape = (2, 4, 3, 64, 64)
     features, boxes = _pyramid(shape, device=device), _boxes(shape, device)
@@ -307,41 +289,30 @@ def test_traces_as_one_graph(backend, device):
     torch.testing.assert_close(*results)
 
 
-@on_kernels
-def test_no_element_is_left_unwritten(backend, device, monkeypatch):
-    """Memory that is new is full of NaN, so that an element that a kernel skips shows."""
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True)
-    try:
-        for layout in (torch.contiguous_format, torch.channels_last):
-            for shape, size, ratio in SHAPES:
-                features, boxes = _pyramid(shape, device=device, layout=layout), _boxes(shape, device)
-                results = _run(backend, features, boxes, size, ratio)
-                assert all(torch.isfinite(value).all() for value in results)
-    finally:
-        torch.use_deterministic_algorithms(False)
+def test_no_element_is_left_unwritten(kernel, device, poisoned_memory):
+    for layout in (torch.contiguous_format, torch.channels_last):
+        for shape, size, ratio in SHAPES:
+            features, boxes = _pyramid(shape, device=device, layout=layout), _boxes(shape, device)
+            results = _run(kernel, features, boxes, size, ratio)
+            assert all(torch.isfinite(value).all() for value in results)
 
 
-@on_kernels
-def test_deterministic_backward_gives_equal_bits(backend, device):
+def test_deterministic_backward_gives_equal_bits(kernel, device):
     shape = (2, 24, 8, 96, 96)
     features, boxes = _pyramid(shape, device=device), _boxes(shape, device)
-    first = _run(backend, features, boxes, 7, deterministic=True)
+    first = _run(kernel, features, boxes, 7, deterministic=True)
     for _ in range(2):
-        again = _run(backend, features, boxes, 7, deterministic=True)
+        again = _run(kernel, features, boxes, 7, deterministic=True)
         assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
     torch.use_deterministic_algorithms(True)
     try:
-        again = _run(backend, features, boxes, 7)
+        again = _run(kernel, features, boxes, 7)
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
 
 
-def test_native_does_not_depend_on_the_number_of_threads():
-    reason = _runnable("native", "cpu")
-    if reason is not None:
-        pytest.skip(reason)
+def test_native_does_not_depend_on_the_number_of_threads(native_on_cpu):
     shape = (2, 40, 37, 128, 96)
     boxes = _boxes(shape)
     for layout in (torch.contiguous_format, torch.channels_last):
@@ -358,17 +329,12 @@ def test_native_does_not_depend_on_the_number_of_threads():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("backend", ["native", "triton"])
-def test_never_waits_for_the_device(backend, deterministic):
+@pytest.mark.parametrize("name", ["native", "triton"])
+def test_never_waits_for_the_device(name, deterministic, never_waits):
     shape = (2, 8, 8, 128, 96)
     features, boxes = _pyramid(shape, device="cuda"), _boxes(shape, "cuda")
     weight = torch.randn(2, 8, 8, 7, 7, device="cuda")
-    _run(backend, features, boxes, 7, deterministic=deterministic, weight=weight)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        _run(backend, features, boxes, 7, deterministic=deterministic, weight=weight)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    never_waits(lambda: _run(name, features, boxes, 7, deterministic=deterministic, weight=weight))
 
 
 @pytest.mark.gpu
@@ -400,69 +366,6 @@ def test_fpn_level_follows_the_paper():
     assert fpn_level(boxes, 2, 5).tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 0]
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"boxes": torch.zeros(1, 4)}, r"boxes must have shape \[B, R, 4\]"),
-        ({"boxes": torch.zeros(1, 2, 4, dtype=torch.int64)}, "boxes must be floating point"),
-        ({"strides": (4, 8)}, "as many"),
-        ({"strides": (6,)}, "consecutive powers of two"),
-        ({"features": [], "strides": ()}, "1 to 8 levels"),
-        ({"features": [torch.zeros(2, 2, 4, 4)]}, "each level of features must have shape"),
-        ({"features": [torch.zeros(1, 2, 4)]}, "each level of features must have shape"),
-        ({"features": [torch.zeros(1, 2, 0, 4)]}, "at least one cell"),
-        ({"features": [torch.zeros(1, 2, 4, 4, dtype=torch.int64)]}, "features must share"),
-        ({"features": [torch.zeros(1, 2, 4, 4, device="meta")]}, "on the boxes' device"),
-        ({"output_size": 0}, r"output_size must be in 1\.\.1024"),
-        ({"sampling_ratio": -1}, r"sampling_ratio in 0\.\.1024"),
-    ],
-)
-def test_says_what_does_not_fit(change, message):
-    arguments = {"features": [torch.zeros(1, 2, 4, 4)], "boxes": torch.zeros(1, 1, 4), "strides": (4,)}
-    with pytest.raises(ValueError, match=message):
-        roi_align(**arguments | {"output_size": 7} | change)
-
-
-@pytest.mark.parametrize(
-    ("place", "value", "message"),
-    [
-        (0, [], "expected 1 to 8 levels"),
-        (0, [torch.zeros(2, 2, 4, 4)], r"must have shape \[B, C, H, W\]"),
-        (0, [torch.zeros(1, 2, 0, 4)], "at least one cell"),
-        (1, torch.zeros(1, 1, 5), r"boxes must have shape \[B, R, 4\]"),
-        (1, torch.zeros(1, 1, 4).double(), "boxes must be float32"),
-        (2, torch.zeros(1, 2, dtype=torch.int64), r"levels must have shape \[B, R\]"),
-        (2, torch.zeros(1, 1), "levels must be int64"),
-        (3, [4, 8], "as many"),
-        (4, 0, "output_size must be in"),
-        (5, -1, "sampling_ratio must be in"),
-    ],
-)
-def test_native_operator_itself_reads_nothing_that_does_not_fit(place, value, message):
-    """torch.ops.drcnn can be called without the public function, and must not read out of bounds then."""
-    reason = _runnable("native", "cpu")
-    if reason is not None:
-        pytest.skip(reason)
-    arguments = [[torch.zeros(1, 2, 4, 4)], torch.zeros(1, 1, 4), torch.zeros(1, 1, dtype=torch.int64)]
-    arguments += [[4], 7, 0, True, False]
-    arguments[place] = value
-    with pytest.raises(RuntimeError, match=message):
-        torch.ops.drcnn.roi_align_fwd(*arguments)
-    with pytest.raises(RuntimeError, match=message):
-        torch.ops.drcnn.roi_align_bwd(torch.zeros(1, 1, 2, 7, 7), *arguments)
-
-
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this run interprets Triton already")
-def test_triton_kernels_in_the_interpreter():
-    """Triton reads TRITON_INTERPRET when it is imported, hence the process of its own.
-
-    Agreement alone, since the interpreter is slow; `TRITON_INTERPRET=1 pytest tests/ops -k triton` runs all.
-    """
-    pytest.importorskip("triton", reason="triton is not installed")
-    flags = ["-q", "-x", "-k", "triton and agrees", "-p", "no:cacheprovider"]
-    command = [sys.executable, "-m", "pytest", *flags, __file__]
-    result = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout
+def test_triton_kernels_in_the_interpreter(in_the_interpreter):
+    # Agreement alone: the interpreter is slow. `TRITON_INTERPRET=1 pytest tests/ops -k triton` runs all.
+    in_the_interpreter(__file__, "-k", "agrees")

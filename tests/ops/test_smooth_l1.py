@@ -1,40 +1,14 @@
 """smooth_l1: every backend against the reference, and the reference against a plain formula."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
-from drcnn.ops import backend_status, smooth_l1, use_backend
+from drcnn.ops import smooth_l1, use_backend
 
+OPERATOR = "smooth_l1"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SHAPES = ((0, 4), (1, 4), (7, 4), (3, 65, 4), (513, 4), (2, 3, 5, 4), (20_011, 4))
 BETAS = (0.0, 1e-30, 0.25, 1.0)
-
-
-def _runnable(backend: str, device: str) -> str | None:
-    """Why the backend cannot run smooth_l1 on the device, or None."""
-    if device == "cuda" and not torch.cuda.is_available():
-        return "no CUDA device"
-    status = {(c.op, c.device_type): c for c in backend_status()}
-    return status["smooth_l1", device].unavailable.get(backend)
-
-
-def _case(backend: str, device: str):
-    marks = [getattr(pytest.mark, backend)] if backend == "triton" else []
-    marks += [pytest.mark.gpu] if device == "cuda" else []
-    reason = _runnable(backend, device)
-    marks += [pytest.mark.skipif(reason is not None, reason=str(reason))]
-    return pytest.param(backend, device, id=f"{backend}-{device}", marks=marks)
-
-
-KERNELS = [_case(backend, device) for backend in ("native", "triton") for device in ("cpu", "cuda")]
-on_kernels = pytest.mark.parametrize(("backend", "device"), KERNELS)
-on_all = pytest.mark.parametrize(
-    ("backend", "device"), [_case("reference", "cpu"), _case("reference", "cuda"), *KERNELS]
-)
 
 
 def _plain(pred, target, beta, mask=None):
@@ -71,7 +45,6 @@ def _assert_same(actual, expected):
         torch.testing.assert_close(a, e, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@on_all
 @pytest.mark.parametrize("beta", BETAS)
 def test_value_is_the_equation(backend, device, beta):
     pred, target, mask = _inputs((37, 4), torch.float64, device)
@@ -80,7 +53,6 @@ def test_value_is_the_equation(backend, device, beta):
     assert loss.shape == () and loss.item() == pytest.approx(_plain(pred, target, beta, mask), rel=1e-12)
 
 
-@on_all
 def test_agrees_with_torch(backend, device):
     pred, target, _ = _inputs((50, 4), torch.float32, device)
     expected = torch.nn.functional.smooth_l1_loss(pred, target, beta=0.3, reduction="sum")
@@ -88,42 +60,39 @@ def test_agrees_with_torch(backend, device):
         torch.testing.assert_close(smooth_l1(pred, target, 0.3), expected)
 
 
-@on_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_kernel_agrees_with_reference(backend, device, dtype, shape):
+def test_kernel_agrees_with_reference(kernel, device, dtype, shape):
     for beta in BETAS:
         pred, target, mask = _inputs(shape, dtype, device, poison=True)
         beta = torch.tensor(beta, device=device)
-        _assert_same(_run(backend, pred, target, beta, mask), _run("reference", pred, target, beta, mask))
+        _assert_same(_run(kernel, pred, target, beta, mask), _run("reference", pred, target, beta, mask))
         pred, target, _ = _inputs(shape, dtype, device)
-        _assert_same(_run(backend, pred, target, beta, None), _run("reference", pred, target, beta, None))
+        _assert_same(_run(kernel, pred, target, beta, None), _run("reference", pred, target, beta, None))
 
 
-@on_kernels
-def test_a_million_boxes(backend, device):
-    if backend == "triton" and device == "cpu":
+def test_a_million_boxes(kernel, device):
+    if kernel == "triton" and device == "cpu":
         pytest.skip("the interpreter would take minutes for a million boxes")
     pred, target, mask = _inputs((1_000_003, 4), torch.float32, device, poison=True)
     beta = torch.tensor(0.4, device=device)
-    _assert_same(_run(backend, pred, target, beta, mask), _run("reference", pred, target, beta, mask))
+    _assert_same(_run(kernel, pred, target, beta, mask), _run("reference", pred, target, beta, mask))
 
 
-@on_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_layouts(backend, device, dtype):
+def test_layouts(kernel, device, dtype):
     base = torch.randn(11, 4, 6).to(device, dtype)
     transposed = base.transpose(1, 2)  # [11, 6, 4], strided
     sliced = torch.randn(11, 12, 4).to(device, dtype)[:, ::2]
     mask = (torch.rand(6, 11) > 0.3).to(device).t()
     _assert_same(
-        _run(backend, transposed, sliced, 0.5, mask), _run("reference", transposed, sliced, 0.5, mask)
+        _run(kernel, transposed, sliced, 0.5, mask), _run("reference", transposed, sliced, 0.5, mask)
     )
     # Contiguous, but off the 16-byte boundary that vector loads want.
     odd = torch.randn(4 * 33 + 1).to(device, dtype)[1:].view(33, 4)
     for backend_pred, backend_target in ((odd, odd.clone() + 1), (odd.clone() + 1, odd)):
         a, e = [], []
-        for name, out in ((backend, a), ("reference", e)):
+        for name, out in ((kernel, a), ("reference", e)):
             pred = backend_pred.detach().requires_grad_()
             with use_backend(name):
                 loss = smooth_l1(pred, backend_target, 0.5)
@@ -131,7 +100,6 @@ def test_layouts(backend, device, dtype):
         torch.testing.assert_close(a, e)
 
 
-@on_all
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_masked_boxes_never_matter(backend, device, dtype):
     pred, target, mask = _inputs((64, 4), dtype, device, poison=True)
@@ -143,7 +111,6 @@ def test_masked_boxes_never_matter(backend, device, dtype):
     assert all(torch.equal(value, torch.zeros_like(value)) for value in nothing)
 
 
-@on_all
 def test_infinite_upstream_gradient_stays_out_of_masked_boxes(backend, device):
     """A gradient scaler that overflows sends inf."""
     pred, target, mask = _inputs((40, 4), torch.float32, device)
@@ -153,7 +120,6 @@ def test_infinite_upstream_gradient_stays_out_of_masked_boxes(backend, device):
     assert torch.equal(grad[~mask], torch.zeros_like(grad[~mask])) and torch.isinf(grad[mask]).all()
 
 
-@on_all
 def test_a_difference_of_exactly_beta_is_linear(backend, device):
     beta = torch.tensor(0.5, device=device)
     pred = torch.tensor([[0.5, -0.5, 0.0, 0.25]], device=device)
@@ -162,7 +128,6 @@ def test_a_difference_of_exactly_beta_is_linear(backend, device):
     assert grad.tolist() == [[1, -1, 0, 0.5]]
 
 
-@on_all
 def test_beta_zero_is_l1(backend, device):
     pred = torch.tensor([[2.0, -3.0, 0.0, 1e-30]], device=device)
     loss, grad, grad_target = _run(backend, pred, torch.zeros_like(pred), 0.0, None)
@@ -170,7 +135,6 @@ def test_beta_zero_is_l1(backend, device):
     assert torch.equal(grad_target, -grad)
 
 
-@on_all
 def test_unmasked_nan_stays_visible(backend, device):
     pred = torch.full((1, 4), float("nan"), device=device)
     with use_backend(backend):
@@ -178,7 +142,6 @@ def test_unmasked_nan_stays_visible(backend, device):
         assert torch.isinf(smooth_l1(torch.full_like(pred, torch.inf), torch.zeros_like(pred), 1.0))
 
 
-@on_all
 def test_half_precision_is_summed_in_float32(backend, device):
     pred = torch.ones(4096, 4, dtype=torch.bfloat16, device=device)
     with use_backend(backend):
@@ -186,7 +149,6 @@ def test_half_precision_is_summed_in_float32(backend, device):
     assert loss.dtype == torch.float32 and loss.item() == 16384
 
 
-@on_all
 def test_equal_inputs_give_equal_bits(backend, device):
     pred, target, mask = _inputs((9001, 4), torch.float32, device)
     first = _run(backend, pred, target, 0.7, mask)
@@ -196,24 +158,13 @@ def test_equal_inputs_give_equal_bits(backend, device):
         )
 
 
-def test_native_does_not_depend_on_the_number_of_threads():
-    reason = _runnable("native", "cpu")
-    if reason:
-        pytest.skip(reason)
+def test_native_does_not_depend_on_the_number_of_threads(native_on_cpu, thread_counts):
     pred, target, mask = _inputs((100_003, 4), torch.float32)
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(_run("native", pred, target, 0.7, mask))
-    finally:
-        torch.set_num_threads(before)
+    results = thread_counts(lambda: _run("native", pred, target, 0.7, mask))
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
-@on_all
 def test_gradcheck(backend, device):
     pred = torch.tensor([[0.1, -0.2, 0.9, -1.5], [0.4, 2.0, -0.05, 0.3]], dtype=torch.float64, device=device)
     target = torch.tensor([[0.3, 0.3, 0.2, 0.1], [0.0, 0.1, 0.2, -3.0]], dtype=torch.float64, device=device)
@@ -225,9 +176,8 @@ def test_gradcheck(backend, device):
         assert torch.autograd.gradcheck(lambda p: smooth_l1(p, target.detach(), beta), (pred,))
 
 
-@on_kernels
-def test_opcheck(backend, device):
-    operators = torch.ops.drcnn if backend == "native" else torch.ops.drcnn_triton
+def test_opcheck(kernel, device):
+    operators = torch.ops.drcnn if kernel == "native" else torch.ops.drcnn_triton
     beta = torch.tensor(0.5, device=device)
     for dtype in (torch.float32, torch.bfloat16):
         pred, target, mask = _inputs((5, 4), dtype, device)
@@ -239,7 +189,6 @@ def test_opcheck(backend, device):
             torch.library.opcheck(operators.smooth_l1_fwd.default, (*leaves, *rest))
 
 
-@on_all
 def test_traces_as_one_graph(backend, device):
     pred, target, mask = _inputs((6, 4), torch.float32, device)
 
@@ -257,20 +206,12 @@ def test_traces_as_one_graph(backend, device):
     torch.testing.assert_close(results[: len(results) // 2], results[len(results) // 2 :])
 
 
-@on_kernels
-def test_no_element_is_left_unwritten(backend, device, monkeypatch):
-    """Memory that is new is full of NaN, so that an element that a kernel skips shows."""
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True)
-    try:
-        for boxes in (1, 63, 65, 1025, 20_011):
-            pred, target, mask = _inputs((boxes, 4), torch.float32, device, poison=True)
-            assert all(torch.isfinite(value).all() for value in _run(backend, pred, target, 0.5, mask))
-    finally:
-        torch.use_deterministic_algorithms(False)
+def test_no_element_is_left_unwritten(kernel, device, poisoned_memory):
+    for boxes in (1, 63, 65, 1025, 20_011):
+        pred, target, mask = _inputs((boxes, 4), torch.float32, device, poison=True)
+        assert all(torch.isfinite(value).all() for value in _run(kernel, pred, target, 0.5, mask))
 
 
-@on_all
 def test_mixed_dtypes_are_promoted(backend, device):
     pred, target, mask = _inputs((9, 4), torch.float32, device)
     loss, grad, grad_target = _run(backend, pred.bfloat16(), target, 0.5, mask)
@@ -279,16 +220,11 @@ def test_mixed_dtypes_are_promoted(backend, device):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("backend", ["native", "triton"])
-def test_never_waits_for_the_device(backend):
+@pytest.mark.parametrize("name", ["native", "triton"])
+def test_never_waits_for_the_device(name, never_waits):
     pred, target, mask = _inputs((512, 4), torch.float32, "cuda")
     beta = torch.tensor(0.5, device="cuda")
-    _run(backend, pred, target, beta, mask)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        _run(backend, pred, target, beta, mask)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    never_waits(lambda: _run(name, pred, target, beta, mask))
 
 
 @pytest.mark.parametrize(
@@ -310,7 +246,6 @@ def test_says_what_does_not_fit(change, message):
         smooth_l1(**arguments)
 
 
-@on_kernels
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -323,9 +258,9 @@ def test_says_what_does_not_fit(change, message):
         ({"mask": torch.ones(4, dtype=torch.bool)}, "mask must hold one value per box"),
     ],
 )
-def test_native_operator_itself_reads_nothing_that_does_not_fit(backend, device, change, message):
+def test_native_operator_itself_reads_nothing_that_does_not_fit(kernel, device, change, message):
     """torch.ops.drcnn can be called without the public function, and must not read out of bounds then."""
-    if backend == "triton":
+    if kernel == "triton":
         pytest.skip("the public function alone checks what Triton gets")
     arguments = {"pred": torch.zeros(3, 4), "target": torch.zeros(3, 4), "beta": torch.ones(()), "mask": None}
     arguments = {k: v if v is None else v.to(device) for k, v in (arguments | change).items()}
@@ -335,13 +270,5 @@ def test_native_operator_itself_reads_nothing_that_does_not_fit(backend, device,
         torch.ops.drcnn.smooth_l1_bwd(torch.ones((), device=device), *arguments.values())
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this run interprets Triton already")
-def test_triton_kernels_in_the_interpreter():
-    """Triton reads TRITON_INTERPRET when it is imported, hence the process of its own."""
-    pytest.importorskip("triton", reason="triton is not installed")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "triton", "-p", "no:cacheprovider", __file__]
-    result = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout
+def test_triton_kernels_in_the_interpreter(in_the_interpreter):
+    in_the_interpreter(__file__)
