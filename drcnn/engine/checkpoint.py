@@ -26,6 +26,8 @@ FREE_TO_CHANGE = (
     "data.root",
     "data.workers",
     "model.backbone.weights",
+    "train.weights",
+    "train.partial_weights",
     "train.log_every",
     "train.checkpoint_every",
     "train.eval_every",

@@ -205,7 +205,10 @@ def copy_tensors(tensors: dict[str, Tensor], module: nn.Module) -> None:
 def _advice(report: LoadReport) -> str:
     """The likely cause of what does not fit, and what to do."""
     if report.misshaped and all(map(_LAST_LAYERS.fullmatch, report.misshaped)):
-        return "they were trained for another number of classes: set model.num_classes, or load partially"
+        return (
+            "they were trained for another number of classes: set model.num_classes, "
+            "or load partially (--train.partial-weights)"
+        )
     if report.misshaped:
         return "the sizes or the depth differ: use the config that they were trained with"
     for part, cause in _CAUSES.items():

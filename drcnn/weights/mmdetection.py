@@ -43,7 +43,10 @@ _RULES = (
 )
 _SIGNS = ("roi_head.", "bbox_head.", "rpn_head.")
 _CAFFE_MEAN = (122.7717, 115.9465, 102.9801)
-"""R, G, B; that of FCOS's published weights."""_CASCADE_WEIGHTS = tuple((1 / xy, 1 / xy, 1 / wh, 1 / wh) for xy, wh in ((0.1, 0.2), (0.05, 0.1), (0.033, 0.067)))
+"""R, G, B; that of FCOS's published weights."""
+_CASCADE_WEIGHTS = tuple(
+    (1 / xy, 1 / xy, 1 / wh, 1 / wh) for xy, wh in ((0.1, 0.2), (0.05, 0.1), (0.033, 0.067))
+)
 """One over the deviations of each stage's deltas; Cascade R-CNN's are 30 and 15 in the last."""
 
 _NESTED = r"(?:[^()]|\([^()]*\))*"

@@ -123,6 +123,9 @@ def _known_names() -> dict[Any, Any]:
     def empty_array(*_: object) -> np.ndarray:
         return np.ndarray((0,), np.int8)
 
+    def array(buffer: bytes, kind: np.dtype, shape: tuple[int, ...], order: str) -> np.ndarray:
+        return np.frombuffer(bytes(buffer), kind).reshape(shape, order="F" if order == "F" else "C")
+
     def scalar(kind: np.dtype, data: bytes | str = b"") -> Any:
         data = data.encode("latin1") if isinstance(data, str) else data
         return Inert() if kind.hasobject else np.frombuffer(data, kind, count=1)[0].item()
@@ -139,12 +142,14 @@ def _known_names() -> dict[Any, Any]:
         ("builtins", "getattr"): attribute,
         ("copyreg", "_reconstructor"): new_object,
         ("builtins", "object"): Inert,
+        ("builtins", "bytes"): lambda: b"",
         ("collections", "OrderedDict"): collections.OrderedDict,
         ("collections", "defaultdict"): lambda *_: {},
         ("collections", "deque"): lambda items=(), *_: list(items),
         ("collections", "Counter"): lambda items=(), *_: dict(items),
         ("numpy.core.multiarray", "_reconstruct"): empty_array,
         ("numpy.core.multiarray", "scalar"): scalar,
+        ("numpy.core.numeric", "_frombuffer"): array,
         ("numpy", "ndarray"): Inert,
         ("numpy", "dtype"): dtype,
         ("_codecs", "encode"): encode,

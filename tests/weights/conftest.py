@@ -25,11 +25,14 @@ img_norm_cfg = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375],
 model = dict(
     type='FCOS',
     data_preprocessor=dict(
-        type='DetDataPreprocessor', mean=[102.9801, 115.9465, 122.7717], std=[1.0, 1.0, 1.0], bgr_to_rgb=False),
+        type='DetDataPreprocessor',
+        mean=[102.9801, 115.9465, 122.7717], std=[1.0, 1.0, 1.0], bgr_to_rgb=False),
     backbone=dict(type='ResNet', depth=50, style='caffe'),
     bbox_head=dict(type='FCOSHead', loss_bbox=dict(type='IoULoss', loss_weight=1.0)),
     test_cfg=dict(
-        max_per_img=100, min_bbox_size=0, nms=dict(iou_threshold=0.5, type='nms'), nms_pre=1000, score_thr=0.05))
+        max_per_img=100,
+        min_bbox_size=0,
+        nms=dict(iou_threshold=0.5, type='nms'), nms_pre=1000, score_thr=0.05))
 test_cfg = dict(type='TestLoop')
 """,
 }
@@ -56,7 +59,7 @@ class Golden:
 
     def state_dict(self, name: str) -> dict[str, torch.Tensor]:
         keys = json.loads((self.folder / f"keys_{name}.json").read_text())
-        return {key: torch.from_numpy(array) for key, array in self.weights.make_state_dict(keys).items()}
+        return {key: torch.as_tensor(array) for key, array in self.weights.make_state_dict(keys).items()}
 
     def checkpoint(self, name: str) -> dict:
         meta = {"mmdet_version": "3.3.0", "seed": 0, "epoch": 12}

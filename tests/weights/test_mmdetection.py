@@ -21,8 +21,11 @@ FLAGS = {
         ["--model.box-head.stage.score-threshold", "0.02"],
     ),
     "retinanet": ("RetinaNet", ["--model.head.score-threshold", "0.02"]),
-    "fcos": ("FCOS", ["--model.head.score-threshold", "0.02"]),
+    # There, the threshold is for class scores alone: products with centre-ness are below it.
+    "fcos": ("FCOS", ["--model.head.score-threshold", "0", "--model.head.detections", "300"]),
 }
+
+SMALL = ["--data.test-short-side", "64", "--data.test-max-size", "96"]
 
 
 def assert_sample(ours: torch.Tensor, recorded, name: str) -> None:
@@ -36,9 +39,11 @@ def assert_sample(ours: torch.Tensor, recorded, name: str) -> None:
 
 def assert_same_set(found, i: int, recorded, name: str) -> None:
     """Detections agree as sets; the last ones, at the limit of 100, may differ."""
-    boxes, scores, labels = (torch.from_numpy(recorded[f"{name}.{part}"]) for part in ("boxes", "scores", "labels"))
+    boxes, scores, labels = (
+        torch.from_numpy(recorded[f"{name}.{part}"]) for part in ("boxes", "scores", "labels")
+    )
     valid = found.valid[i]
-    assert int(valid.sum()) == len(scores)
+    assert int(valid.sum()) >= len(scores)
     overlap = box_iou(boxes, found.boxes[i, valid])
     close = (overlap > 0.99) & (labels[:, None] == found.labels[i, valid])
     close &= (scores[:, None] - found.scores[i, valid]).abs() < 1e-3
@@ -53,7 +58,7 @@ def converted(request, golden, tmp_path_factory):
     name = request.param
     folder = tmp_path_factory.mktemp(name)
     torch.save(golden.checkpoint(name), folder / "theirs.pth")
-    assert main([str(folder / "theirs.pth"), str(folder / "ours.safetensors"), *FLAGS[name][1]]) == 0
+    assert main([str(folder / "theirs.pth"), str(folder / "ours.safetensors"), *FLAGS[name][1], *SMALL]) == 0
     return name, drcnn.load(folder / "ours.safetensors", device="cpu"), golden
 
 
@@ -81,9 +86,15 @@ def test_what_is_around_the_model(converted):
     assert result.image.shape == (60, 80, 3)
 
 
-def test_sparse_rcnn_is_named(golden):
-    with pytest.raises(WeightsError, match="Sparse R-CNN of MMDetection, a detector that drcnn does not have"):
-        recognise(Weights(golden.state_dict("sparse_rcnn"), {}, "sparse.pth"))
+def test_sparse_rcnn_is_named():
+    names = (
+        "neck.fpn_convs.0.conv.weight",
+        "rpn_head.init_proposal_bboxes.weight",
+        "roi_head.bbox_head.0.fc_cls.bias",
+    )
+    tensors = {name: torch.zeros(1) for name in names}
+    with pytest.raises(WeightsError, match=r"sparse\.pth holds a Sparse R-CNN of MMDetection.*not have yet"):
+        recognise(Weights(tensors, {}, "sparse.pth"))
 
 
 def test_version_1_is_named():
@@ -108,7 +119,9 @@ def test_what_the_config_says_counts(golden):
         assert torch.equal(found.tensors["backbone.conv1.weight"], first.flip(1))
         assert found.categories == names
     plain = recognise(Weights(tensors, {}, "x.pth"))
-    assert torch.equal(plain.tensors["backbone.conv1.weight"], first) and not plain.config.backbone.stride_in_1x1
+    assert (
+        torch.equal(plain.tensors["backbone.conv1.weight"], first) and not plain.config.backbone.stride_in_1x1
+    )
     assert plain.categories is None
 
 
