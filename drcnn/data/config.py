@@ -59,6 +59,8 @@ class DataConfig:
     """Distance in pixels between the padded heights and widths, so that few distinct shapes occur."""
     skip: tuple[SkipKind, ...] = ()
     """Kinds of bad input to leave out and count, where they would otherwise stop the run."""
+    masks: bool = False
+    """Read the instance masks too, and train on them; needed by detectors with a mask head."""
     synthetic: SyntheticConfig | None = None
     """Make this synthetic data set in ``root`` if it is not there yet."""
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from drcnn.data.bitmasks import BitMasks, pack_masks, pad_masks
 from drcnn.data.coco import CocoDataset
 from drcnn.data.config import DataConfig
 from drcnn.data.padding import pad_images, pad_targets
@@ -30,21 +31,29 @@ class Batch(NamedTuple):
 
     Attributes:
         images (ImageBatch): uint8 [B, 3, H, W] and sizes.
-        targets (Targets): ground truths without crowd regions, in pixels of the network input.
+        targets (Targets): ground truths without crowd regions, in pixels of the network input; their masks
+            come into being on the device, by :meth:`to`.
         indices (Tensor[B]): int64 place of each image in the data set.
         original_sizes (Tensor[B, 2]): int64 height and width of the image files.
+        masks (BitMasks | None): masks of the ground truths, packed; None in evaluation, from data without
+            masks, and once they are unpacked.
     """
 
     images: ImageBatch
     targets: Targets
     indices: Tensor
     original_sizes: Tensor
+    masks: BitMasks | None = None
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Copies the batch to ``device``; asynchronous when the source is pinned memory."""
+        """Copies the batch to ``device``, asynchronous when the source is pinned, and unpacks the masks."""
         sizes = self.original_sizes.to(device, non_blocking=True)
         indices = self.indices.to(device, non_blocking=True)
-        return Batch(self.images.to(device), self.targets.to(device), indices, sizes)
+        images, targets = self.images.to(device), self.targets.to(device)
+        if self.masks is not None:
+            masks = self.masks.to(device).unpack(*targets.valid.shape, images.tensor.shape[-1])
+            targets = targets._replace(masks=masks)
+        return Batch(images, targets, indices, sizes)
 
     def pin_memory(self) -> "Batch":
         """Copies the batch to page-locked memory."""
@@ -53,6 +62,7 @@ class Batch(NamedTuple):
             self.targets.pin_memory(),
             self.indices.pin_memory(),
             self.original_sizes.pin_memory(),
+            None if self.masks is None else self.masks.pin_memory(),
         )
 
 
@@ -68,6 +78,7 @@ class _Example(NamedTuple):
     labels: Tensor
     index: int
     original_size: tuple[int, int]
+    masks: Tensor | None
 
 
 class _Failure(NamedTuple):
@@ -92,13 +103,18 @@ class _Examples(Dataset):
         size = array.shape[0], array.shape[1]
         own = ~dataset.crowd(index)
         boxes, labels = dataset.boxes(index)[own], torch.from_numpy(dataset.labels(index)[own])
+        masks = None
         if self._seed is None:
             image = resize_for_test(array, config.test_short_side, config.test_max_size)
             resized = scale_boxes(boxes, size, (image.shape[-2], image.shape[-1]))
         else:
             generator = augmentation_generator(self._seed, key.step, key.slot)
-            image, resized = augment(array, boxes, config, generator)
-        return _Example(image, resized, labels, index, size)
+            segmentations = None
+            if dataset.packed_segmentations is not None:
+                segmentations = [s for s, keep in zip(dataset.segmentations(index), own, strict=True) if keep]
+            image, resized, drawn = augment(array, boxes, config, generator, segmentations)
+            masks = None if drawn is None else pack_masks(drawn)
+        return _Example(image, resized, labels, index, size, masks)
 
 
 class _Collate:
@@ -109,11 +125,18 @@ class _Collate:
         for example in examples:
             if isinstance(example, _Failure):
                 return example
+        images = pad_images([e.image for e in examples], self._config, train=self._train)
+        targets = pad_targets([e.boxes for e in examples], [e.labels for e in examples])
+        masks = None
+        if examples[0].masks is not None:
+            shape = images.tensor.shape[-2:]
+            masks = pad_masks([e.masks for e in examples], targets.valid.shape[1], *shape)
         return Batch(
-            pad_images([e.image for e in examples], self._config, train=self._train),
-            pad_targets([e.boxes for e in examples], [e.labels for e in examples]),
+            images,
+            targets,
             torch.tensor([e.index for e in examples], dtype=torch.int64),
             torch.tensor([e.original_size for e in examples], dtype=torch.int64),
+            masks,
         )
 
 

@@ -13,6 +13,7 @@ SkipKind = Literal[
     "unknown-category",
     "unknown-image",
     "duplicate-annotation",
+    "bad-mask",
 ]
 """Kinds of bad input that can be left out: if ``DataConfig.skip`` lists them they are counted, not fatal."""
 
@@ -24,6 +25,7 @@ _LEFT_OUT = {
     "unknown-category": "annotations of an unknown category",
     "unknown-image": "annotations of an unknown image",
     "duplicate-annotation": "annotations with an id that occurred before",
+    "bad-mask": "annotations without a usable mask",
 }
 assert set(_LEFT_OUT) == set(get_args(SkipKind))
 

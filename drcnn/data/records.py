@@ -50,6 +50,7 @@ class AnnotationTable(NamedTuple):
         boxes (np.ndarray[M, 4]): float64 xyxy in pixels of the image, inside the image.
         areas (np.ndarray[M]): float64, square pixels.
         crowd (np.ndarray[M]): bool.
+        places (np.ndarray[M]): int64 place in the file's list.
     """
 
     ids: np.ndarray
@@ -58,6 +59,7 @@ class AnnotationTable(NamedTuple):
     boxes: np.ndarray
     areas: np.ndarray
     crowd: np.ndarray
+    places: np.ndarray
 
     def take(self, keep: np.ndarray) -> "AnnotationTable":
         """Returns the annotations that ``keep`` (mask or indices) selects."""
@@ -200,8 +202,9 @@ def annotation_table(
             f"(image {image_ids[i]}) has a box of no area: width {sides[i, 0]:g}, height {sides[i, 1]:g}"
         ),
     )
-    table = AnnotationTable(ids, image_places, labels, boxes, areas, crowd).take(keep)
-    return _clip(table, images, path, problems)
+    places = np.arange(len(records))
+    table = AnnotationTable(ids, image_places, labels, boxes, areas, crowd, places)
+    return _clip(table.take(keep), images, path, problems)
 
 
 def _clip(table: AnnotationTable, images: ImageTable, path: Path, problems: Problems) -> AnnotationTable:

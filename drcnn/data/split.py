@@ -39,6 +39,7 @@ def load_split(config: DataConfig, split: Split) -> CocoDataset:
         root / paths.images,
         skip=config.skip,
         filter_empty=config.filter_empty and split == "train",
+        masks=config.masks,
         hint=_hint(annotations, split),
     )
     if split == "train" and not dataset.has_annotations:
