@@ -1,4 +1,4 @@
-"""Drawing labelled boxes on pictures so that they can be read at any image size."""
+"""Drawing labelled boxes and masks on pictures so that they can be read at any image size."""
 
 import colorsys
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ _MIN_SIDE = 480
 """Pictures whose longer side is below this are enlarged, so that text does not cover the objects."""
 _MAX_ENLARGEMENT = 16
 _GOLDEN_RATIO = 0.618034
+_MASK_OPACITY = 0.45
 
 
 def class_color(label: int) -> tuple[int, int, int]:
@@ -21,19 +22,26 @@ def class_color(label: int) -> tuple[int, int, int]:
 
 
 def draw_boxes(
-    image: np.ndarray, boxes: np.ndarray, labels: Sequence[int], texts: Sequence[str]
+    image: np.ndarray,
+    boxes: np.ndarray,
+    labels: Sequence[int],
+    texts: Sequence[str],
+    masks: np.ndarray | None = None,
 ) -> Image.Image:
-    """Draws boxes with a text each. Small pictures are enlarged by a whole factor first.
+    """Draws boxes with a text each, and masks translucently; enlarges small pictures by a whole factor.
 
     Args:
         image (np.ndarray[H, W, 3]): uint8 RGB; not changed.
         boxes (np.ndarray[n, 4]): xyxy in pixels of ``image``; the first are drawn on top.
         labels: class of each box, which chooses its color.
         texts: what to write at each box.
+        masks (np.ndarray[n, H, W] | None): bool mask of each object.
 
     Returns:
         A new RGB picture.
     """
+    if masks is not None:
+        image = _tint(image, masks, labels)
     picture = Image.fromarray(np.ascontiguousarray(image))
     factor = min(max(1, -(-_MIN_SIDE // max(picture.size))), _MAX_ENLARGEMENT)
     if factor > 1:
@@ -55,6 +63,16 @@ def draw_boxes(
         position = (place[0] + _margin(font), (place[1] + place[3]) / 2)
         canvas.text(position, text, fill="white" if dark else "black", font=font, anchor="lm")
     return picture
+
+
+def _tint(image: np.ndarray, masks: np.ndarray, labels: Sequence[int]) -> np.ndarray:
+    """Blends the color of its class into the pixels of each mask."""
+    tinted = image.copy()
+    for mask, label in reversed(list(zip(masks, labels, strict=True))):
+        color = np.array(class_color(label))
+        blend = (1 - _MASK_OPACITY) * tinted[mask] + _MASK_OPACITY * color
+        tinted[mask] = blend.round().astype(np.uint8)
+    return tinted
 
 
 def _margin(font: ImageFont.FreeTypeFont) -> int:

@@ -5,6 +5,7 @@ Each rank takes its share of the images; the results are gathered on every rank 
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from drcnn.data import CocoDataset, DataConfig, eval_loader
 from drcnn.engine.augmented import detect_views
 from drcnn.engine.distributed import gather_objects, rank, world_size
+from drcnn.engine.masks import masks_to_rle
 from drcnn.engine.metrics import Metrics, evaluate_results
 from drcnn.engine.voc_metrics import with_voc_ap
 from drcnn.errors import DataError
@@ -48,16 +50,18 @@ def to_coco_results(
 
     Returns:
         One dict per valid detection: image_id, category_id, bbox as [x, y, width, height] in pixels of
-        the original image, score.
+        the original image, score; from detectors with masks also segmentation, as compressed run lengths.
     """
-    boxes = scale_boxes(detections.boxes, batch_sizes, original_sizes).double().cpu().numpy()
+    scaled = scale_boxes(detections.boxes, batch_sizes, original_sizes)
+    boxes = scaled.double().cpu().numpy()
     scores = detections.scores.double().cpu().numpy()
     labels = detections.labels.cpu().numpy()
-    images, slots = np.nonzero(detections.valid.cpu().numpy())
+    valid = detections.valid.cpu()
+    images, slots = np.nonzero(valid.numpy())
     boxes = boxes[images, slots]
     boxes[:, 2:] -= boxes[:, :2]
     found = zip(images, boxes.tolist(), scores[images, slots], labels[images, slots], strict=True)
-    return [
+    records = [
         {
             "image_id": int(image_ids[image]),
             "category_id": int(category_ids[label]),
@@ -66,6 +70,15 @@ def to_coco_results(
         }
         for image, box, score, label in found
     ]
+    if detections.masks is not None:
+        own = [
+            mask
+            for i, size in enumerate(original_sizes.tolist())
+            for mask in masks_to_rle(detections.masks[i, valid[i]], scaled[i, valid[i]], tuple(size))
+        ]
+        for record, mask in zip(records, own, strict=True):
+            record["segmentation"] = mask
+    return records
 
 
 def scale_boxes(boxes: Tensor, batch_sizes: Tensor, original_sizes: Tensor) -> Tensor:
@@ -109,7 +122,8 @@ def evaluate(
         progress: told the images done and their total, on this rank.
 
     Returns:
-        The numbers and the COCO-format results of all images, in the order of the data set.
+        The numbers and the COCO-format results of all images, in the order of the data set. If the detector
+        gives masks and the data set was read with masks, the numbers have those of the masks as ``segm``.
 
     Raises:
         DataError: the data set has no annotations to score against.
@@ -121,11 +135,12 @@ def evaluate(
     )
     # What the data set was told to skip is not scored against either.
     ids = dataset.annotation_ids.tolist()
-    metrics = evaluate_results(
-        dataset.source.content(), results, dataset.image_ids.tolist(), annotation_ids=ids
-    )
+    content, images = dataset.source.content(), dataset.image_ids.tolist()
+    metrics = evaluate_results(content, results, images, annotation_ids=ids)
     if dataset.source.format == "voc":
         metrics = with_voc_ap(metrics, dataset, results)
+    if dataset.packed_segmentations is not None and all("segmentation" in record for record in results):
+        metrics = replace(metrics, segm=evaluate_results(content, results, images, "segm", ids))
     return metrics, results
 
 

@@ -46,6 +46,7 @@ class Metrics:
         num_images: number of evaluated images.
         num_detections: number of detections on those images.
         voc_per_class: for "VOC07" and "VOC12" the AP of each category; empty for data that are not VOC's.
+        segm: the same numbers of the masks, next to those of the boxes, from detectors with masks.
     """
 
     summary: dict[str, float]
@@ -54,9 +55,27 @@ class Metrics:
     num_images: int = 0
     num_detections: int = 0
     voc_per_class: dict[str, dict[str, float]] = field(default_factory=dict)
+    segm: "Metrics | None" = None
+
+    @classmethod
+    def from_dict(cls, plain: dict) -> "Metrics":
+        """Rebuilds what :meth:`to_dict` returned."""
+        segm = plain.get("segm")
+        return cls(**{**plain, "segm": None if segm is None else cls.from_dict(segm)})
+
+    @property
+    def selection_ap(self) -> float:
+        """The AP that the best weights are chosen by: that of the masks, if there are masks."""
+        return self.summary["AP"] if self.segm is None else self.segm.summary["AP"]
+
+    def flat(self) -> dict[str, float]:
+        """Returns the summary, and that of the masks under names that begin with ``segm_``."""
+        masks = {} if self.segm is None else self.segm.summary
+        return {**self.summary, **{f"segm_{name}": value for name, value in masks.items()}}
 
     def to_dict(self) -> dict:
-        """Returns everything as plain types."""
+        """Returns everything as plain types; those of the masks are under ``segm``, if there are any."""
+        segm = {} if self.segm is None else {"segm": self.segm.to_dict()}
         return {
             "iou_type": self.iou_type,
             "num_images": self.num_images,
@@ -64,6 +83,7 @@ class Metrics:
             "summary": dict(self.summary),
             "per_class": dict(self.per_class),
             "voc_per_class": {name: dict(values) for name, values in self.voc_per_class.items()},
+            **segm,
         }
 
     def to_json(self) -> str:
@@ -73,7 +93,8 @@ class Metrics:
     def headline(self) -> str:
         """Returns the numbers that matter most as one line."""
         names = ("AP", "AP50", "AP75", "AP90", "VOC07", "VOC12")
-        return "  ".join(f"{name} {self.summary[name]:.3f}" for name in names if name in self.summary)
+        text = "  ".join(f"{name} {self.summary[name]:.3f}" for name in names if name in self.summary)
+        return text if self.segm is None else f"{text}  segm {self.segm.headline()}"
 
     def table(self) -> RenderableType:
         """Returns the numbers as tables for ``rich``; undefined ones read "n/a"."""
@@ -100,7 +121,8 @@ class Metrics:
         for start in range(0, len(cells), columns):
             table.add_row(*(text for cell in cells[start : start + columns] for text in cell))
         title = f"{self.iou_type}: {self.num_detections} detections on {self.num_images} images"
-        return Group(title, *(part for table in (*parts, table) for part in ("", table)))
+        masks = () if self.segm is None else ("", self.segm.table())
+        return Group(title, *(part for table in (*parts, table) for part in ("", table)), *masks)
 
 
 def _format(value: float) -> str:
@@ -131,7 +153,7 @@ def evaluate_results(
             annotations do not hold; a result without a valid box, mask or score.
     """
     source = "the annotations" if isinstance(annotation_file, dict) else f"{annotation_file}"
-    truth = _ground_truth(_read_json(annotation_file, "annotations"), source, annotation_ids)
+    truth = _ground_truth(_read_json(annotation_file, "annotations"), source, annotation_ids, iou_type)
     known = set(truth.imgs)
     chosen = sorted(known if image_ids is None else {int(i) for i in image_ids})
     if unknown := [i for i in chosen if i not in known]:
@@ -200,7 +222,7 @@ def _read_json(source: list | dict | str | os.PathLike, what: str) -> object:
         raise DataError(f"{what} file {source} is not readable json: {error}") from None
 
 
-def _ground_truth(content: object, source: str, annotation_ids: Iterable[int] | None) -> COCO:
+def _ground_truth(content: object, source: str, annotation_ids: Iterable[int] | None, iou_type: str) -> COCO:
     """Indexes annotations in a form that the evaluator cannot misread."""
     chosen = None if annotation_ids is None else {int(i) for i in annotation_ids}
     try:
@@ -212,6 +234,10 @@ def _ground_truth(content: object, source: str, annotation_ids: Iterable[int] | 
                 if record.get("id") not in chosen:
                     continue
                 chosen.remove(record["id"])  # of several annotations with one id, data sets take the first
+            if iou_type == "segm" and not isinstance(record.get("segmentation"), list | dict):
+                raise DataError(
+                    f"{source}: annotation {record.get('id')} has no segmentation to score masks against"
+                )
             width, height = record["bbox"][2:]
             area = record.get("area")
             annotations.append(

@@ -15,6 +15,7 @@ from drcnn.data import CocoDataset, DataConfig, eval_views, load_image, make_vie
 from drcnn.engine.augmented import detect_views
 from drcnn.engine.drawing import draw_boxes
 from drcnn.engine.evaluator import AMP_TYPES, scale_boxes
+from drcnn.engine.masks import encode_masks, paste_masks
 from drcnn.errors import DataError
 
 DRAW_THRESHOLD = 0.5
@@ -34,7 +35,7 @@ class Result:
         categories: name of each label.
         category_ids: COCO category id of each label.
         image (np.ndarray[H, W, 3]): the original image, uint8 RGB.
-        masks (Tensor[n, H, W] | None): instance masks, from detectors that have them.
+        masks (Tensor[n, H, W] | None): bool masks in the original image, from detectors that have them.
         score_threshold: the threshold that was asked for, if any.
     """
 
@@ -57,7 +58,7 @@ class Result:
         return [self.categories[label] for label in self.labels.tolist()]
 
     def draw(self, score_threshold: float | None = None) -> Image.Image:
-        """Draws boxes with class name and score on a copy of the image.
+        """Draws boxes with class name and score, and masks, on a copy of the image.
 
         Args:
             score_threshold: draw boxes with at least this score. Default: all, if the predictor was called
@@ -72,17 +73,27 @@ class Result:
         labels = self.labels[shown].tolist()
         scores = self.scores[shown].tolist()
         texts = [f"{self.categories[k]} {score:.2f}" for k, score in zip(labels, scores, strict=True)]
-        return draw_boxes(self.image, self.boxes[shown].numpy(), labels, texts)
+        masks = None if self.masks is None else self.masks[shown].numpy()
+        return draw_boxes(self.image, self.boxes[shown].numpy(), labels, texts, masks)
 
     def to_coco(self, image_id: int) -> list[dict]:
-        """Converts to COCO's results format: image_id, category_id, bbox as xywh in pixels, score."""
+        """Converts to COCO's results format.
+
+        Returns:
+            One dict per object: image_id, category_id, bbox as xywh in pixels, score, and segmentation as
+            compressed run lengths if there are masks.
+        """
         boxes = self.boxes.double()
         boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1).tolist()
         found = zip(boxes, self.scores.tolist(), self.labels.tolist(), strict=True)
-        return [
+        records = [
             {"image_id": image_id, "category_id": self.category_ids[k], "bbox": box, "score": score}
             for box, score, k in found
         ]
+        if self.masks is not None:
+            for record, mask in zip(records, encode_masks(self.masks), strict=True):
+                record["segmentation"] = mask
+        return records
 
 
 class Predictor:
@@ -167,10 +178,17 @@ class Predictor:
         finally:
             self.model.train(was_training)
         original_sizes = torch.tensor([image.shape[:2] for image in images])
-        boxes = scale_boxes(found.boxes, batches[0].sizes, original_sizes).cpu()
+        scaled = scale_boxes(found.boxes, batches[0].sizes, original_sizes)
+        boxes = scaled.cpu()
         scores, labels, valid = found.scores.float().cpu(), found.labels.cpu(), found.valid.cpu()
         if score_threshold is not None:
             valid = valid & (scores >= score_threshold)
+        masks: list[Tensor | None] = [None] * len(images)
+        if found.masks is not None:
+            masks = [
+                paste_masks(found.masks[i, valid[i]], scaled[i, valid[i]], image.shape[:2]).cpu()
+                for i, image in enumerate(images)
+            ]
         return [
             Result(
                 boxes=boxes[i, valid[i]],
@@ -179,6 +197,7 @@ class Predictor:
                 categories=self.categories,
                 category_ids=self.category_ids,
                 image=image,
+                masks=masks[i],
                 score_threshold=score_threshold,
             )
             for i, image in enumerate(images)

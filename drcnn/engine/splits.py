@@ -14,9 +14,11 @@ def open_splits(config: "Config") -> tuple[CocoDataset, CocoDataset, CocoDataset
     """Opens train, val and test, and checks them against each other and the model.
 
     Raises:
-        ConfigError: if the number of classes is not the model's.
+        ConfigError: if the number of classes is not the model's, or masks are needed and not read.
         DataError: if a file is missing or bad, or the classes of the splits differ.
     """
+    if getattr(config.model, "mask_head", None) is not None and not config.data.masks:
+        raise ConfigError("the model has a mask head, but no masks are read; pass --data.masks")
     if not distributed.is_main():
         distributed.barrier()  # the main rank makes synthetic data first
     train = load_split(config.data, "train")

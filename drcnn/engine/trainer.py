@@ -227,9 +227,9 @@ class Trainer:
             save_checkpoint(self.run / "checkpoints" / name, self.state())
 
     def evaluate_val(self) -> None:
-        """Evaluates on the val split and keeps the best weights by AP."""
+        """Evaluates on the val split and keeps the best weights by AP, of the masks if there are any."""
         metrics = self.evaluate("val", self.val_data, self.step)
-        ap = metrics.summary["AP"]
+        ap = metrics.selection_ap
         if self.best is None or ap > self.best["AP"]:
             self.best = {"step": self.step, "AP": ap, "metrics": metrics.to_dict()}
             self.save("best.pt")
@@ -253,7 +253,7 @@ class Trainer:
         )
         self.display.say(f"step {step}  {split}  {metrics.headline()}")
         if self.metrics is not None:
-            self.metrics.write({"step": step, "split": split, **metrics.summary})
+            self.metrics.write({"step": step, "split": split, **metrics.flat()})
         return metrics
 
     def finish(self) -> dict[str, Metrics]:
@@ -265,7 +265,7 @@ class Trainer:
             state = load_checkpoint(self.run / "checkpoints" / "best.pt")
             self.model.load_state_dict(state["model"])
         self.display.say(f"weights of step {best['step']}, the best on val, are evaluated and drawn")
-        found = {"val": Metrics(**best["metrics"])}
+        found = {"val": Metrics.from_dict(best["metrics"])}
         shown = self.val_data
         if self.test_data is not None and self.test_data.has_annotations:
             found["test"] = self.evaluate("test", self.test_data, best["step"])

@@ -86,8 +86,8 @@ class DataUnpickler(pickle._Unpickler):
     dispatch[pickle.BUILD[0]] = load_build
 
 
-def _known_names() -> dict[Any, Any]:
-    """Everything that a name in a pickle can mean."""
+def _inert_class() -> type:
+    """A class of its own for each file, as a file may leave marks on it."""
 
     class Inert:
         """Takes the place of an object that is not needed: takes anything, keeps nothing."""
@@ -110,12 +110,19 @@ def _known_names() -> dict[Any, Any]:
         def add(self, value: object) -> None:
             pass
 
+    return Inert
+
+
+def _known_names() -> dict[Any, Any]:
+    """Everything that a name in a pickle can mean."""
+    Inert = _inert_class()
+
     def attribute(owner: object, name: str, *_: object) -> type:
         if owner is not Inert:
             raise RefusedPickle(f"it asks for the attribute {name!r} of an object when it is loaded")
         return Inert
 
-    def new_object(kind: object, *_: object) -> Inert:
+    def new_object(kind: object, *_: object) -> object:
         if kind is not Inert:
             raise RefusedPickle("it makes an object of an unknown kind when it is loaded")
         return Inert()
