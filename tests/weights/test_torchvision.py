@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import nn
 from torchvision.models import detection
-from torchvision.models.detection._utils import overwrite_eps
 
 from drcnn.structures import ImageBatch
 from drcnn.weights import Weights, load_weights, recognise
 
 CLASSES = 5
-PROPOSALS, ROOM = 40, 2000
+PROPOSALS = 20
+ROOM = PROPOSALS * CLASSES
+DENSE_ROOM = 2000
 LAST = {
     "rpn.head.cls_logits": (1.5, None),
     "rpn.head.bbox_pred": (0.3, None),
@@ -46,7 +47,7 @@ def build(name: str, outputs: int = CLASSES + 1) -> nn.Module:
         model.rpn._post_nms_top_n["testing"] = PROPOSALS
         model.roi_heads.detections_per_img = ROOM
     else:
-        model.detections_per_img = ROOM
+        model.detections_per_img = DENSE_ROOM
     return model.eval()
 
 
@@ -64,7 +65,7 @@ def ours_of(state: dict) -> nn.Module:
         )
     else:
         assert config.head.detections == (300 if hasattr(config.head, "anchors") else 100)
-        config = replace(config, head=replace(config.head, detections=ROOM))
+        config = replace(config, head=replace(config.head, detections=DENSE_ROOM))
     model = config.build().eval()
     report = load_weights(model, state)
     assert report.complete and not report.settings, report.problems()
@@ -130,8 +131,11 @@ def assert_same(oracle: nn.Module) -> nn.Module:
     ours = model(batch())
     for i, theirs in enumerate(expected):
         valid = ours.valid[i]
+        # torchvision keeps boxes that clipping leaves without an area; they overlap nothing.
+        sides = theirs["boxes"][:, 2:] - theirs["boxes"][:, :2]
+        theirs = {name: value[(sides >= 1e-2).all(1)] for name, value in theirs.items()}
         count = len(theirs["scores"])
-        assert count > 20 and len(theirs["labels"].unique()) > 1
+        assert count > 10 and len(theirs["labels"].unique()) > 1
         assert int(valid.sum()) == count
         gap = (ours.boxes[i, valid][:, None] - theirs["boxes"]).abs().amax(-1)
         gap[ours.labels[i, valid][:, None] != theirs["labels"] - 1] = np.inf
@@ -201,7 +205,7 @@ def test_the_first_published_weights_had_norms_without_an_epsilon():
         if hasattr(module, "running_var"):
             module.running_var.mul_(1e-4)  # where an epsilon of 1e-5 would count
             module.weight.data.mul_(1e-2)
-    overwrite_eps(oracle, 0.0)
+            module.eps = 0.0
     found = recognise(Weights(old_names(oracle.state_dict())))
     assert found.notes
     model = found.config.build().eval()
