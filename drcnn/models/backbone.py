@@ -87,7 +87,7 @@ class ResNet(nn.Module):
             body.layer3,
             body.layer4,
         )
-        if config.stride_in_1x1:
+        if config.stride_in_1x1 and block is Bottleneck:
             for layer in (self.layer2, self.layer3, self.layer4):
                 layer[0].conv1.stride, layer[0].conv2.stride = layer[0].conv2.stride, layer[0].conv1.stride
         if config.deformable:

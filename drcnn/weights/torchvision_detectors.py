@@ -40,16 +40,13 @@ _RULES = (
     (r"head\.classification_head\.cls_logits\.(.*)", r"head.classifier.\1"),
     (r"head\.regression_head\.bbox_ctrness\.(.*)", r"head.centerness.\1"),
 )
-_RETINANET_RULES = (
-    (r"head\.classification_head\.conv\.(\d)\.([01]\.)?(weight|bias)", r"head.class_convs.\1.\2\3"),
-    (r"head\.regression_head\.conv\.(\d)\.([01]\.)?(weight|bias)", r"head.box_convs.\1.\2\3"),
-    (r"head\.regression_head\.bbox_reg\.(.*)", r"head.deltas.\1"),
-)
+_BRANCHES = (("classification", "class"), ("regression", "box"))
+_RETINANET_RULES = ((r"head\.regression_head\.bbox_reg\.(.*)", r"head.deltas.\1"),)
 # A convolution, a norm and an activation in turn: numbers 0, 1, 3, 4, 6, 7, 9, 10.
 _FCOS_RULES = (
     *(
         (rf"head\.{theirs}_head\.conv\.{3 * i + part}\.(.*)", rf"head.{ours}_convs.{i}.{part}.\1")
-        for theirs, ours in (("classification", "class"), ("regression", "box"))
+        for theirs, ours in _BRANCHES
         for i in range(4)
         for part in (0, 1)
     ),
@@ -77,7 +74,7 @@ def convert(weights: Weights, num_classes: int | None = None) -> Converted:
     tensors = fold_batch_norm(weights.tensors, ".1", ".0", ("backbone.fpn.", "roi_heads."))
     dense = "head.classification_head.cls_logits.weight" in tensors
     fcos = "head.regression_head.bbox_ctrness.weight" in tensors
-    extra = (_FCOS_RULES if fcos else _RETINANET_RULES) if dense else ()
+    extra = () if not dense else _FCOS_RULES if fcos else (*_retinanet_rules(tensors), *_RETINANET_RULES)
     converted = Converted(rename(tensors, (*extra, *_RULES)))
     # The first published weights have names of their time, and were trained with norms without an epsilon.
     if "backbone.fpn.inner_blocks.0.weight" in tensors and not fcos:
@@ -118,6 +115,22 @@ def _settle_dense(config: Any, weights: Weights) -> Any:
         nms=0.6,
     )
     return replace(config, head=head)
+
+
+def _retinanet_rules(tensors: dict[str, Tensor]) -> list[tuple[str, str]]:
+    """The branches' convolutions: alone, with a norm, or, before torchvision 0.13, with a ReLU in between."""
+    with_norm = "head.classification_head.conv.0.1.weight" in tensors
+    old = "head.classification_head.conv.0.weight" in tensors
+    rules = []
+    for theirs, ours in _BRANCHES:
+        start = rf"head\.{theirs}_head\.conv"
+        if old:
+            rules += [(rf"{start}\.{2 * i}\.(.*)", rf"head.{ours}_convs.{i}.\1") for i in range(4)]
+        elif with_norm:
+            rules.append((rf"{start}\.(\d\.[01]\..*)", rf"head.{ours}_convs.\1"))
+        else:
+            rules.append((rf"{start}\.(\d)\.0\.(.*)", rf"head.{ours}_convs.\1.\2"))
+    return rules
 
 
 def _classes(outputs: int, num_classes: int | None) -> list[int]:
