@@ -9,6 +9,8 @@ namespace drcnn {
 namespace {
 
 constexpr int kLanes = 16;  // threads side by side on the channels of a cell: 256 bytes
+// Blocks of the vector kernel that a multiprocessor must hold: leaves the registers for four loads in flight.
+constexpr int kVectorBlocks = 4;
 constexpr int64_t kElementsPerBlock = 8 * kRoiThreads;
 
 template <typename T>
@@ -25,7 +27,7 @@ __device__ void fill_zero(T* out, int64_t count) {
 // Channels-last features, 16 bytes of channels per load. The block's channels are collected in shared memory, since
 // in the pooled features a channel's bins are neighbours.
 template <typename T>
-__global__ void __launch_bounds__(kRoiThreads)
+__global__ void __launch_bounds__(kRoiThreads, kVectorBlocks)
     roi_align_fwd_vector_kernel(const __grid_constant__ RoiLevels<const T> levels, const accumulate_t<T>* boxes, const int64_t* box_levels,
                                 int32_t lanes, T* out) {
   using A = accumulate_t<T>;
@@ -51,13 +53,18 @@ __global__ void __launch_bounds__(kRoiThreads)
   for (int32_t bin = threadIdx.x / lanes; bin < last_bin; bin += blockDim.x / lanes) {
     const int32_t ph = bin / levels.size;
     const int32_t pw = bin % levels.size;
+    const Tap<A>* row = y.taps + y.first[ph];
+    const Tap<A>* const rows_end = row + y.count[ph];
+    const Tap<A>* columns = x.taps + x.first[pw];
+    const int32_t column_count = x.count[pw];
     A sum[kCount] = {};
-    for (int32_t i = 0; i < y.count[ph]; ++i) {
-      const Tap<A> row = y.taps[y.first[ph] + i];
-      for (int32_t j = 0; j < x.count[pw]; ++j) {
-        const Tap<A> column = x.taps[x.first[pw] + j];
-        const A weight = row.weight * column.weight;
-        const Vector<T> cell = *reinterpret_cast<const Vector<T>*>(image + row.cell * own.row + column.cell * own.cell);
+    for (; row < rows_end; ++row) {
+      const A row_weight = row->weight;
+      const T* cells = image + row->cell * own.row;
+      for (int32_t j = 0; j < column_count; ++j) {
+        const A weight = row_weight * columns[j].weight;
+        const int64_t offset = int64_t{columns[j].cell} * levels.channels;  // own.cell, by a 32-bit product
+        const Vector<T> cell = *reinterpret_cast<const Vector<T>*>(cells + offset);
 #pragma unroll
         for (int k = 0; k < kCount; ++k) sum[k] += weight * static_cast<A>(cell.values[k]);
       }

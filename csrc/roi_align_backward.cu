@@ -15,6 +15,10 @@ constexpr int kChannels = kWarp;             // channels of a block, one per lan
 constexpr int kStagedBytes = 32 * 1024;      // most shared memory for the gradient of one box
 static_assert(kTile * kWarp == kRoiThreads);
 
+// Blocks of the gather that a multiprocessor must hold; the registers that this leaves suffice without spills.
+template <typename A>
+constexpr int kGatherBlocks = sizeof(A) == 8 ? 4 : 5;
+
 template <typename T>
 __global__ void __launch_bounds__(kRoiThreads)
     roi_align_bwd_atomic_kernel(const __grid_constant__ RoiLevels<accumulate_t<T>> levels, const T* grad, const accumulate_t<T>* boxes,
@@ -96,6 +100,7 @@ __device__ inline bool reaches(const RoiAxis<A>& axis, int32_t size, int32_t fro
 template <typename A>
 __device__ inline A weight_of(const RoiAxis<A>& axis, int32_t bin, int32_t cell) {
   A weight = 0;
+#pragma unroll 1  // a sample is three divisions; more at once would spill the sums of the tile
   for (int32_t sample = 0; sample < axis.samples; ++sample) {
     int32_t low;
     A share;
@@ -116,9 +121,12 @@ __device__ inline int32_t find_boxes(const RoiLevels<T>& levels, const Tile& til
   if (index < levels.per_image) {
     const int64_t roi = static_cast<int64_t>(tile.image) * levels.per_image + index;
     const A* box = boxes + 4 * roi;
-    hit = level_of(levels, box, box_levels[roi]) == tile.level &&
-          reaches(axis_of(levels, tile.level, box, true), levels.size, tile.y) &&
-          reaches(axis_of(levels, tile.level, box, false), levels.size, tile.x);
+    hit = level_of(levels, box, box_levels[roi]) == tile.level;
+#pragma unroll 1  // both axes at once would spill in float64
+    for (int32_t axis = 0; axis < 2 && hit; ++axis) {
+      const bool vertical = axis == 0;
+      hit = reaches(axis_of(levels, tile.level, box, vertical), levels.size, vertical ? tile.y : tile.x);
+    }
   }
   const unsigned hits = __ballot_sync(0xffffffffu, hit);
   const int32_t lane = threadIdx.x % kWarp;
@@ -140,7 +148,7 @@ __device__ inline int32_t find_boxes(const RoiLevels<T>& levels, const Tile& til
 
 // weights: [2][size][kTile], those of the rows and those of the columns of the tile.
 template <typename T, bool kStaged>
-__global__ void __launch_bounds__(kRoiThreads)
+__global__ void __launch_bounds__(kRoiThreads, kGatherBlocks<accumulate_t<T>>)
     roi_align_bwd_gather_kernel(const __grid_constant__ RoiLevels<T> levels, const T* grad, const accumulate_t<T>* boxes,
                                 const int64_t* box_levels) {
   using A = accumulate_t<T>;

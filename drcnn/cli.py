@@ -1,4 +1,4 @@
-"""The ``drcnn`` command: ``drcnn train``, ``drcnn eval``, ``drcnn predict``, ``drcnn doctor``."""
+"""The ``drcnn`` command: ``drcnn train``, ``eval``, ``predict``, ``convert`` and ``doctor``."""
 
 import difflib
 import importlib
@@ -11,6 +11,7 @@ VERBS = {
     "train": "train a detector from a file in configs/",
     "eval": "evaluate a trained detector on a split of a data set",
     "predict": "detect objects in a file, a folder or a glob of images",
+    "convert": "turn weights of any known system into one safetensors file",
     "doctor": "say what is installed, what was built and what to do about each lack",
 }
 

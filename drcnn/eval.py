@@ -16,12 +16,11 @@ from drcnn.command import command
 from drcnn.config import Config, apply_overrides, print_field_help
 from drcnn.data import CocoDataset, load_split
 from drcnn.engine import distributed
-from drcnn.engine.checkpoint import find_checkpoint, load_checkpoint
 from drcnn.engine.countdown import Countdown
 from drcnn.engine.evaluator import Metrics, detect, evaluate, evaluate_results
 from drcnn.engine.predictor import Predictor
 from drcnn.errors import ConfigError, DataError
-from drcnn.loading import restore, restore_config
+from drcnn.loading import read_state, restore, restore_config
 
 PROGRAM = "drcnn eval"
 DESCRIPTION = (
@@ -35,7 +34,7 @@ class EvalArguments:
     """Flags of the verb."""
 
     run: Positional[Annotated[str, arg(metavar="RUN")]] = ""
-    """Run folder (its best checkpoint, else its last) or checkpoint file."""
+    """Run folder (its best checkpoint, else its last), checkpoint file, or weights of any known system."""
     split: Literal["val", "test", "train"] = "val"
     """Split of the data to evaluate on."""
     out: str = ""
@@ -66,8 +65,7 @@ def main(argv: list[str]) -> int:
         )
     if arguments.batch_size < 1:
         raise ConfigError(f"--batch-size must be at least 1, got {arguments.batch_size}")
-    file = find_checkpoint(arguments.run)
-    state = load_checkpoint(file)
+    file, state = read_state(arguments.run)
     config = apply_overrides(restore_config(state, str(file)), overrides)
     device = distributed.pick_device(config.train.device)
     if config.train.threads is not None:
@@ -89,8 +87,8 @@ def show_help(argv: list[str]) -> int:
         parse(EvalArguments, ["--help"], PROGRAM, DESCRIPTION)
     config = None
     if not argv[0].startswith("-"):
-        file = find_checkpoint(argv[0])
-        config = restore_config(load_checkpoint(file), str(file))
+        file, state = read_state(argv[0])
+        config = restore_config(state, str(file))
     print("\nFields of the run's config, as flags (give RUN before --help to see its values):")
     print_field_help(config, PROGRAM)
     return 0

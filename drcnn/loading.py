@@ -1,16 +1,24 @@
-"""``drcnn.load``: from a run folder or a checkpoint to a detector that takes images."""
+"""``drcnn.load``: from a run folder, a checkpoint or anyone's weights to a detector that takes images."""
 
+import json
 import os
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
+from safetensors.torch import save_file
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
-from drcnn.config import Config, from_dict
-from drcnn.engine.checkpoint import find_checkpoint, load_checkpoint
+from drcnn.config import Config, from_dict, to_dict
+from drcnn.data import DataConfig, SplitConfig
+from drcnn.engine.checkpoint import FORMAT, check_state, find_checkpoint
 from drcnn.engine.distributed import pick_device
 from drcnn.engine.predictor import Predictor
 from drcnn.errors import WeightsError
-from drcnn.weights import load_weights
+from drcnn.weights import load_weights, read_content, recognise, unwrap
+
+_STORED = ("format", "step", "categories", "category_ids", "source", "notes")
+"""What a safetensors file keeps of a checkpoint besides the model and the config."""
 
 
 def load(
@@ -21,7 +29,8 @@ def load(
     """Loads a trained detector.
 
     Args:
-        path: run folder (its best checkpoint, else its last) or checkpoint file.
+        path: run folder (its best checkpoint, else its last), checkpoint file, file of ``drcnn convert``, or
+            weights of torchvision, MMDetection, Detectron2, maskrcnn-benchmark or the Dynamic R-CNN author.
         device: "auto" takes a GPU if there is one.
         amp: autocast type of the forward.
 
@@ -31,9 +40,71 @@ def load(
     Raises:
         WeightsError: there is no checkpoint, it is damaged, or it does not fit this version of drcnn.
     """
-    file = find_checkpoint(path)
-    state = load_checkpoint(file)
+    file, state = read_state(path)
     return restore(state, restore_config(state, str(file)), str(file), device=device, amp=amp)
+
+
+def read_state(path: str | os.PathLike) -> tuple[Path, dict[str, Any]]:
+    """Reads a detector from a run folder, a checkpoint, or weights of any known system.
+
+    Returns:
+        The file, and what a checkpoint holds: ``model`` (tensors by our names), ``config`` (plain types),
+        ``categories``, ``category_ids``, ``step``; for other files also ``source``, who wrote them, and
+        ``notes``, what differs from there.
+
+    Raises:
+        WeightsError: there is none, it is damaged, would run code, or belongs to no known detector.
+    """
+    file = find_checkpoint(path)
+    content = read_content(file)
+    if {"format", "step", "config"} <= set(content):
+        return file, check_state(content, file)
+    weights = unwrap(content, str(file))
+    stored = weights.extra.get("drcnn")
+    if isinstance(stored, str):
+        return file, check_state(_stored(stored, file) | {"model": weights.tensors}, file)
+    found = recognise(weights)
+    names, ids = _categories(found.config.num_classes, found.categories)
+    return file, {
+        "format": FORMAT,
+        "step": 0,
+        "model": found.tensors,
+        "config": to_dict(Config(model=found.config, data=_coco())),
+        "categories": names,
+        "category_ids": ids,
+        "source": found.system,
+        "notes": found.notes,
+    }
+
+
+def save_detector(
+    path: str | os.PathLike, state: dict[str, Any], config: Config, *, half: bool = False
+) -> None:
+    """Writes a detector as one safetensors file: tensors, and in its metadata all that :func:`load` needs.
+
+    Args:
+        path: file to write.
+        state: as :func:`read_state` gives it.
+        config: the detector's config.
+        half: store floating-point tensors in 16 bits.
+
+    Raises:
+        WeightsError: the file cannot be written.
+    """
+    path = Path(path)
+    own = config.model.build().state_dict()
+    tensors = {
+        name: tensor.to(torch.float16 if half and tensor.is_floating_point() else tensor.dtype).contiguous()
+        for name, tensor in state["model"].items()
+        if name in own
+    }
+    kept = {name: state[name] for name in _STORED if name in state}
+    stored = json.dumps(kept | {"config": to_dict(config)})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, path, metadata={"format": "pt", "drcnn": stored})
+    except OSError as error:
+        raise WeightsError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def restore_config(state: dict, source: str) -> Config:
@@ -65,6 +136,42 @@ def restore(
         WeightsError: the weights do not fit the model of ``config``.
     """
     model = config.model.build()
-    load_weights(model, state["model"], source=source)
+    # Other systems keep no state of dynamic training; a trained detector does not need it.
+    load_weights(model, state["model"], source=source, dynamics="source" not in state)
     model.to(pick_device(str(device))).eval()
     return Predictor(model, config.data, state["categories"], state["category_ids"], amp=amp)
+
+
+def _stored(text: str, file: Path) -> dict[str, Any]:
+    """What :func:`save_detector` wrote into the metadata."""
+    try:
+        stored = json.loads(text)
+    except ValueError:
+        stored = None
+    if not isinstance(stored, dict):
+        raise WeightsError(f"{file} is damaged: its metadata are no json; convert the weights again")
+    return stored
+
+
+def _categories(num_classes: int, names: tuple[str, ...] | None) -> tuple[list[str], list[int]]:
+    """Names and COCO ids of the classes: those that the weights hold, else COCO's 80, else numbers."""
+    coco = {
+        name: number
+        for number, name in enumerate(FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"])
+        if name not in ("__background__", "N/A")
+    }
+    if num_classes == len(coco) and (names is None or set(names) == set(coco)):
+        return list(names or coco), [coco[name] for name in names or coco]
+    if names is None or len(names) != num_classes:
+        names = tuple(f"class {number}" for number in range(num_classes))
+    return list(names), list(range(1, num_classes + 1))
+
+
+def _coco() -> DataConfig:
+    """How all known systems resize images for COCO: short side 800, long side at most 1333."""
+    return DataConfig(
+        "data/coco",
+        train=SplitConfig("train2017", "annotations/instances_train2017.json"),
+        val=SplitConfig("val2017", "annotations/instances_val2017.json"),
+        skip=("box-no-area",),
+    )

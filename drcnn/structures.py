@@ -38,7 +38,8 @@ class Targets(NamedTuple):
         boxes (Tensor[B, G, 4]): float32 xyxy in pixels of the network input; zeros where not valid.
         labels (Tensor[B, G]): int64 in 0..K-1; zeros where not valid.
         valid (Tensor[B, G]): bool, False for padding.
-        masks (Tensor[B, G, H, W] | None): bool instance masks, for detectors that need them.
+        masks (Tensor[B, G, H, W] | None): bool instance masks, for detectors that need them; False in
+            the padding of images and where not valid.
     """
 
     boxes: Tensor

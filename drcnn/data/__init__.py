@@ -1,5 +1,6 @@
 """Data sets, transforms and loaders."""
 
+from drcnn.data.bitmasks import BitMasks
 from drcnn.data.coco import CocoDataset, read_coco
 from drcnn.data.config import AugmentationConfig, DataConfig, SplitConfig
 from drcnn.data.image import load_image
@@ -7,6 +8,7 @@ from drcnn.data.loader import Batch, BatchLoader, eval_loader, train_loader
 from drcnn.data.padding import canvas_ladder, pad_images, pad_targets
 from drcnn.data.problems import SkipKind
 from drcnn.data.sampler import StreamSampler
+from drcnn.data.segmentation import Segmentation
 from drcnn.data.split import Split, load_split
 from drcnn.data.synthetic import SyntheticConfig, make_synthetic
 from drcnn.data.transforms import augment, resize_for_test, resized_shape
@@ -19,8 +21,10 @@ __all__ = [
     "AugmentationConfig",
     "Batch",
     "BatchLoader",
+    "BitMasks",
     "CocoDataset",
     "DataConfig",
+    "Segmentation",
     "SkipKind",
     "Split",
     "SplitConfig",

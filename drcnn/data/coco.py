@@ -22,6 +22,7 @@ from drcnn.data.records import (
     image_table,
     read_json,
 )
+from drcnn.data.segmentation import PackedSegmentations, Segmentation, read_segmentations
 from drcnn.data.source import Content, Source
 from drcnn.errors import DataError
 
@@ -51,6 +52,7 @@ class CocoDataset:
         annotation_ids (np.ndarray[M]): int64.
         packed_names (np.ndarray): uint8, the UTF-8 file names one after the other.
         name_offsets (np.ndarray[N + 1]): int64, where each name begins.
+        packed_segmentations (PackedSegmentations | None): masks of the M annotations, if they were asked for.
     """
 
     source: Source
@@ -70,6 +72,7 @@ class CocoDataset:
     annotation_ids: np.ndarray
     packed_names: np.ndarray
     name_offsets: np.ndarray
+    packed_segmentations: PackedSegmentations | None = None
 
     def __len__(self) -> int:
         """Number of images."""
@@ -100,6 +103,11 @@ class CocoDataset:
         """Flags [n]: True for each of an image's boxes that is a crowd region."""
         return self.packed_crowd[self._rows(index)]
 
+    def segmentations(self, index: int) -> list[Segmentation]:
+        """Masks of an image's boxes, of which the data set must have been asked for masks."""
+        rows, size = self._rows(index), (int(self.heights[index]), int(self.widths[index]))
+        return [self.packed_segmentations.get(row, size) for row in range(rows.start, rows.stop)]
+
     def load(self, index: int) -> np.ndarray:
         """Decodes an image to uint8 RGB [H, W, 3].
 
@@ -125,6 +133,7 @@ def read_coco(
     *,
     skip: Collection[SkipKind] = (),
     filter_empty: bool = False,
+    masks: bool = False,
     hint: str = "check the path",
 ) -> CocoDataset:
     """Reads and checks a data set in COCO format.
@@ -134,6 +143,7 @@ def read_coco(
         image_folder (str | Path): folder that the file names are relative to.
         skip (Collection[SkipKind]): kinds of bad input to leave out and count instead of raising.
         filter_empty (bool): leave out images without a box; a crowd region is not a box.
+        masks (bool): read the instance masks too; every annotation must have one.
         hint (str): what to do if the file or the folder is missing.
 
     Returns:
@@ -143,7 +153,7 @@ def read_coco(
         DataError: one line that names the file, the id and what to do.
     """
     source = coco_source(Path(annotation_file), Path(image_folder), skip, hint)
-    return read_source(source, filter_empty=filter_empty, hint=hint)
+    return read_source(source, filter_empty=filter_empty, masks=masks, hint=hint)
 
 
 def coco_source(
@@ -159,13 +169,18 @@ def _coco_content(path: Path, folder: Path, hint: str, problems: Problems) -> Co
     return Content(read_json(path, hint), folder)
 
 
-def read_source(source: Source, *, filter_empty: bool = False, hint: str = "check the path") -> CocoDataset:
+def read_source(
+    source: Source, *, filter_empty: bool = False, masks: bool = False, hint: str = "check the path"
+) -> CocoDataset:
     """Reads, checks and packs the annotations of any format; see :func:`read_coco`."""
     path, problems = source.name, Problems(source.skip)
     data, folder = source.reader(problems)
     images = image_table(data, path)
     categories = category_table(data, path)
     annotations = annotation_table(data, path, images, categories, problems)
+    segmentations = None
+    if masks:
+        annotations, segmentations = read_segmentations(data, annotations, images, path, problems)
     has_annotations = "annotations" in data
     if filter_empty and not has_annotations:
         raise DataError(f"{path} has no `annotations`, so it cannot be trained on; choose another file")
@@ -189,16 +204,22 @@ def read_source(source: Source, *, filter_empty: bool = False, hint: str = "chec
         category_ids=categories.ids,
         has_annotations=has_annotations,
         report=report,
-        **_pack(images, annotations, np.flatnonzero(usable)),
+        **_pack(images, annotations, segmentations, np.flatnonzero(usable)),
     )
 
 
-def _pack(images: ImageTable, annotations: AnnotationTable, keep: np.ndarray) -> dict[str, np.ndarray]:
+def _pack(
+    images: ImageTable,
+    annotations: AnnotationTable,
+    segmentations: list[Segmentation] | None,
+    keep: np.ndarray,
+) -> dict[str, np.ndarray | PackedSegmentations | None]:
     places = np.full(len(images.ids), -1)
     places[keep] = np.arange(len(keep))
     annotations = annotations._replace(images=places[annotations.images])
     order = np.argsort(annotations.images, kind="stable")
-    rows = annotations.take(order[annotations.images[order] >= 0])
+    order = order[annotations.images[order] >= 0]
+    rows = annotations.take(order)
     names = [images.names[i].encode() for i in keep]
     return {
         "image_ids": images.ids[keep],
@@ -212,4 +233,7 @@ def _pack(images: ImageTable, annotations: AnnotationTable, keep: np.ndarray) ->
         "annotation_ids": rows.ids,
         "packed_names": np.frombuffer(b"".join(names), dtype=np.uint8),
         "name_offsets": np.cumsum([0, *(len(name) for name in names)]),
+        "packed_segmentations": None
+        if segmentations is None
+        else PackedSegmentations.pack([segmentations[i] for i in order]),
     }

@@ -131,6 +131,8 @@ class DataConfig:
     """Class names of VOC data in the order of their labels; empty: those that occur in any split, sorted."""
     skip: tuple[SkipKind, ...] = ()
     """Kinds of bad input to leave out and count, where they would otherwise stop the run."""
+    masks: bool = False
+    """Read the instance masks too, and train on them; needed by detectors with a mask head."""
     synthetic: SyntheticConfig | None = None
     """Make this synthetic data set in ``root`` if it is not there yet."""
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from drcnn.data.bitmasks import BitMasks, pack_masks, pad_masks
 from drcnn.data.coco import CocoDataset
 from drcnn.data.config import DataConfig
 from drcnn.data.padding import pad_images, pad_targets
@@ -31,11 +32,14 @@ class Batch(NamedTuple):
 
     Attributes:
         images (ImageBatch): uint8 [B, 3, H, W] and sizes.
-        targets (Targets): ground truths without crowd regions, in pixels of the network input.
+        targets (Targets): ground truths without crowd regions, in pixels of the network input; their masks
+            come into being on the device, by :meth:`to`.
         indices (Tensor[B]): int64 place of each image in the data set.
         original_sizes (Tensor[B, 2]): int64 height and width of the image files.
         more_views (tuple[ImageBatch, ...]): with test-time augmentation the images in the views after the
             first, which ``images`` is.
+        masks (BitMasks | None): masks of the ground truths, packed; None in evaluation, from data without
+            masks, and once they are unpacked.
     """
 
     images: ImageBatch
@@ -43,13 +47,18 @@ class Batch(NamedTuple):
     indices: Tensor
     original_sizes: Tensor
     more_views: tuple[ImageBatch, ...] = ()
+    masks: BitMasks | None = None
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Copies the batch to ``device``; asynchronous when the source is pinned memory."""
+        """Copies the batch to ``device``, asynchronous when the source is pinned, and unpacks the masks."""
         sizes = self.original_sizes.to(device, non_blocking=True)
         indices = self.indices.to(device, non_blocking=True)
+        images, targets = self.images.to(device), self.targets.to(device)
+        if self.masks is not None:
+            masks = self.masks.to(device).unpack(*targets.valid.shape, images.tensor.shape[-1])
+            targets = targets._replace(masks=masks)
         views = tuple(view.to(device) for view in self.more_views)
-        return Batch(self.images.to(device), self.targets.to(device), indices, sizes, views)
+        return Batch(images, targets, indices, sizes, views)
 
     def pin_memory(self) -> "Batch":
         """Copies the batch to page-locked memory."""
@@ -59,6 +68,7 @@ class Batch(NamedTuple):
             self.indices.pin_memory(),
             self.original_sizes.pin_memory(),
             tuple(view.pin_memory() for view in self.more_views),
+            None if self.masks is None else self.masks.pin_memory(),
         )
 
 
@@ -75,6 +85,7 @@ class _Example(NamedTuple):
     index: int
     original_size: tuple[int, int]
     more_views: list[Tensor]
+    masks: Tensor | None
 
 
 class _Failure(NamedTuple):
@@ -100,13 +111,18 @@ class _Examples(Dataset):
         own = ~dataset.crowd(index)
         boxes, labels = dataset.boxes(index)[own], torch.from_numpy(dataset.labels(index)[own])
         more_views: list[Tensor] = []
+        masks = None
         if self._seed is None:
             image, *more_views = (make_view(array, view) for view in eval_views(config))
             resized = scale_boxes(boxes, size, (image.shape[-2], image.shape[-1]))
         else:
             generator = augmentation_generator(self._seed, key.step, key.slot)
-            image, resized = augment(array, boxes, config, generator)
-        return _Example(image, resized, labels, index, size, more_views)
+            segmentations = None
+            if dataset.packed_segmentations is not None:
+                segmentations = [s for s, keep in zip(dataset.segmentations(index), own, strict=True) if keep]
+            image, resized, drawn = augment(array, boxes, config, generator, segmentations)
+            masks = None if drawn is None else pack_masks(drawn)
+        return _Example(image, resized, labels, index, size, more_views, masks)
 
 
 class _Collate:
@@ -118,12 +134,18 @@ class _Collate:
             if isinstance(example, _Failure):
                 return example
         images, *more_views = self._pad(examples)
+        targets = pad_targets([e.boxes for e in examples], [e.labels for e in examples])
+        masks = None
+        if examples[0].masks is not None:
+            shape = images.tensor.shape[-2:]
+            masks = pad_masks([e.masks for e in examples], targets.valid.shape[1], *shape)
         return Batch(
             images,
-            pad_targets([e.boxes for e in examples], [e.labels for e in examples]),
+            targets,
             torch.tensor([e.index for e in examples], dtype=torch.int64),
             torch.tensor([e.original_size for e in examples], dtype=torch.int64),
             tuple(more_views),
+            masks,
         )
 
     def _pad(self, examples: list[_Example]) -> list[ImageBatch]:

@@ -15,6 +15,7 @@ SkipKind = Literal[
     "duplicate-annotation",
     "malformed-file",
     "malformed-object",
+    "bad-mask",
 ]
 """Kinds of bad input that can be left out: if ``DataConfig.skip`` lists them they are counted, not fatal."""
 
@@ -28,6 +29,7 @@ _LEFT_OUT = {
     "duplicate-annotation": "annotations with an id that occurred before",
     "malformed-file": "images whose annotation file is missing or cannot be read",
     "malformed-object": "objects that cannot be read",
+    "bad-mask": "annotations without a usable mask",
 }
 assert set(_LEFT_OUT) == set(get_args(SkipKind))
 

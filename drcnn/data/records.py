@@ -51,6 +51,7 @@ class AnnotationTable(NamedTuple):
         boxes (np.ndarray[M, 4]): float64 xyxy in pixels of the image, inside the image.
         areas (np.ndarray[M]): float64, square pixels.
         crowd (np.ndarray[M]): bool.
+        places (np.ndarray[M]): int64 place in the file's list.
     """
 
     ids: np.ndarray
@@ -59,6 +60,7 @@ class AnnotationTable(NamedTuple):
     boxes: np.ndarray
     areas: np.ndarray
     crowd: np.ndarray
+    places: np.ndarray
 
     def take(self, keep: np.ndarray) -> "AnnotationTable":
         """Returns the annotations that ``keep`` (mask or indices) selects."""
@@ -201,9 +203,9 @@ def annotation_table(
             f"(image {image_ids[i]}) has a box of no area: width {sides[i, 0]:g}, height {sides[i, 1]:g}"
         ),
     )
-    table = AnnotationTable(ids, image_places, labels, boxes, areas, crowd).take(keep)
-    kept = np.flatnonzero(keep)
-    return _clip(table, images, lambda i: _origin(records[kept[i]], path), problems)
+    places = np.arange(len(records))
+    table = AnnotationTable(ids, image_places, labels, boxes, areas, crowd, places).take(keep)
+    return _clip(table, images, lambda i: _origin(records[table.places[i]], path), problems)
 
 
 def _origin(record: dict[str, Any], path: Path) -> str:

@@ -38,7 +38,10 @@ def load_split(config: DataConfig, split: Split) -> CocoDataset:
         make_synthetic(root, config.synthetic)
     hint = _hint(paths, split)
     dataset = read_source(
-        _source(config, split, paths, hint), filter_empty=config.filter_empty and split == "train", hint=hint
+        _source(config, split, paths, hint),
+        filter_empty=config.filter_empty and split == "train",
+        masks=config.masks,
+        hint=hint,
     )
     if split == "train" and not dataset.has_annotations:
         raise DataError(

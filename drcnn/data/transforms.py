@@ -1,4 +1,6 @@
-"""Resizing and flipping of an image together with its boxes, without any global random state."""
+"""Resizing and flipping of an image together with its boxes and masks, without any global random state."""
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -8,6 +10,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from drcnn.data.config import DataConfig
+from drcnn.data.segmentation import Segmentation
 
 
 def resized_shape(height: int, width: int, short_side: int, max_size: int) -> tuple[int, int]:
@@ -43,18 +46,24 @@ def resize_for_test(image: np.ndarray | Tensor, short_side: int, max_size: int) 
 
 
 def augment(
-    image: np.ndarray, boxes: np.ndarray, config: DataConfig, generator: np.random.Generator
-) -> tuple[Tensor, Tensor]:
-    """Scales an image to a drawn short side and flips it; boxes follow, and none is dropped.
+    image: np.ndarray,
+    boxes: np.ndarray,
+    config: DataConfig,
+    generator: np.random.Generator,
+    segmentations: Sequence[Segmentation] | None = None,
+) -> tuple[Tensor, Tensor, np.ndarray | None]:
+    """Scales an image to a drawn short side and flips it; boxes and masks follow, and none is dropped.
 
     Args:
         image (np.ndarray[H, W, 3]): uint8 RGB.
         boxes (np.ndarray[n, 4]): xyxy in pixels of ``image``.
         config (DataConfig): ``short_sides``, ``max_size``, ``hflip`` and ``vflip`` are used.
         generator (np.random.Generator): the only source of randomness; always three draws.
+        segmentations (Sequence[Segmentation] | None): masks of the boxes in the image, if they are wanted.
 
     Returns:
-        tuple[Tensor[3, h, w], Tensor[n, 4]]: uint8 RGB and float32 xyxy in its pixels.
+        tuple[Tensor[3, h, w], Tensor[n, 4], np.ndarray[n, h, w] | None]: uint8 RGB, float32 xyxy in its
+        pixels, and bool masks.
     """
     short_side = config.short_sides[int(generator.integers(len(config.short_sides)))]
     hflip, vflip = generator.random() < config.hflip, generator.random() < config.vflip
@@ -72,7 +81,13 @@ def augment(
         picture, xyxy = F.horizontal_flip(picture), F.horizontal_flip(xyxy)
     if vflip:
         picture, xyxy = F.vertical_flip(picture), F.vertical_flip(xyxy)
-    return picture.as_subclass(Tensor), xyxy.as_subclass(Tensor)
+    masks = None
+    if segmentations is not None:
+        step_y, step_x = -1 if vflip else 1, -1 if hflip else 1
+        masks = np.zeros((len(segmentations), *shape), dtype=bool)
+        for mask, segmentation in zip(masks, segmentations, strict=True):
+            mask[:] = segmentation.draw((shape[0], shape[1]))[::step_y, ::step_x]
+    return picture.as_subclass(Tensor), xyxy.as_subclass(Tensor), masks
 
 
 def scale_boxes(boxes: np.ndarray, size: tuple[int, int], new_size: tuple[int, int]) -> Tensor:

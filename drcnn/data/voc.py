@@ -87,12 +87,12 @@ def voc_source(
 
 
 def voc_class_names(image_sets: Iterable[Path], skip: Collection[SkipKind], hint: str) -> tuple[str, ...]:
-    """Returns the names of the classes that occur in any of ``image_sets``, sorted."""
+    """Returns the names of the classes that occur in any of ``image_sets``, sorted; the sets may overlap."""
     problems, names = Problems(skip), set()
-    for item in _listed(list(image_sets), None, hint):
-        root = _parse(item.xml, problems) if item.labelled else None
+    for xml in sorted({item.xml for s in image_sets for item in _listed([s], None, hint) if item.labelled}):
+        root = _parse(xml, problems)
         if root is not None:
-            names.update(o.name for o in _objects(root, item.xml, problems))
+            names.update(found.name for found in _objects(root, xml, problems))
     return tuple(sorted(names))
 
 
@@ -112,9 +112,8 @@ def _content(
         sizes.append(None if root is None else _size(root))
         objects.append([] if root is None else list(_objects(root, item.xml, problems)))
     unsized = [i for i, size in enumerate(sizes) if size is None]
-    for i, size in zip(
-        unsized, read_sizes([usable[i].image for i in unsized], problems, upright=False), strict=True
-    ):
+    measured = read_sizes([usable[i].image for i in unsized], problems, upright=False)
+    for i, size in zip(unsized, measured, strict=True):
         sizes[i] = size
     names = list(classes) or sorted({o.name for found in objects for o in found})
     if not names:

@@ -26,6 +26,8 @@ FREE_TO_CHANGE = (
     "data.root",
     "data.workers",
     "model.backbone.weights",
+    "train.weights",
+    "train.partial_weights",
     "train.log_every",
     "train.checkpoint_every",
     "train.eval_every",
@@ -92,6 +94,15 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         size = path.stat().st_size
         raise WeightsError(f"checkpoint {path} is torn or none ({size} bytes); use another one") from error
+    return check_state(state, path)
+
+
+def check_state(state: Any, path: Path) -> dict[str, Any]:
+    """Returns the content of a checkpoint if it is one that this drcnn reads.
+
+    Raises:
+        WeightsError: if it is not a checkpoint of drcnn, or of a newer format.
+    """
     missing = [k for k in KEYS if k not in state] if isinstance(state, dict) else list(KEYS)
     if missing:
         raise WeightsError(f"{path} is not a checkpoint of drcnn: it has no {', '.join(missing)}")

@@ -9,9 +9,8 @@ import signal
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,45 +24,18 @@ from drcnn.engine.evaluator import AMP_TYPES, Metrics, evaluate
 from drcnn.engine.optim import build_optimizer, lr_at, set_lr
 from drcnn.engine.predictor import draw_predictions
 from drcnn.engine.progress import Display, MetricsFile, memory_mb
+from drcnn.engine.run_config import TrainConfig
 from drcnn.engine.signals import RunStopped, StopRequest
 from drcnn.engine.splits import open_splits
+from drcnn.engine.start import load_initial_weights
 from drcnn.engine.summary import build_model, summarize
 from drcnn.engine.window import LossWindow
-from drcnn.errors import ConfigError, TrainingError
-from drcnn.weights import load_backbone_weights
+from drcnn.errors import TrainingError
 
 if TYPE_CHECKING:
     from drcnn.config import Config
 
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """A run: seed, precision, device, and how often it logs, saves and evaluates."""
-
-    seed: int = 0
-    """Seed of the initial weights, the order of the data, augmentation and sampling."""
-    amp: Literal["off", "bf16", "fp16"] = "off"
-    """Number type of autocast; fp16 scales the loss."""
-    device: str = "auto"
-    """Device: auto (CUDA where there is one), cpu, cuda or cuda:N."""
-    threads: int | None = None
-    """CPU threads of torch; None leaves torch's choice."""
-    log_every: int = 20
-    """Iterations between log lines; losses are means over them."""
-    checkpoint_every: int = 5000
-    """Iterations between writings of checkpoints/last.pt; 0 writes it only at the end."""
-    eval_every: int = 0
-    """Iterations between evaluations on the val split, the best of which is kept; 0 evaluates at the end."""
-    pictures: int = 8
-    """Number of pictures of predictions drawn at the end."""
-
-    def __post_init__(self) -> None:
-        """Checks the ranges."""
-        for name, least in (("seed", 0), ("log_every", 1), ("checkpoint_every", 0), ("eval_every", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"train.{name} must be at least {least}, got {getattr(self, name)}")
-        if self.threads is not None and self.threads < 1:
-            raise ConfigError(f"train.threads must be at least 1 or None, got {self.threads}")
+__all__ = ["TrainConfig", "Trainer"]
 
 
 class Trainer:
@@ -96,10 +68,11 @@ class Trainer:
         self.step = 0  # iterations done
         self.best: dict[str, Any] | None = None
         self.changes: list[str] = []
+        self.loaded: list[str] = []
         if resume:
             self.load_state(load_checkpoint(run / "checkpoints" / "last.pt"))
-        elif config.model.backbone.weights != "none":
-            load_backbone_weights(self.model.backbone, config.model.backbone.weights)
+        else:
+            self.loaded = load_initial_weights(self.model, config)
         self.parallel = distributed.wrap(self.model, self.device)
         self.display = Display(run / "log.txt" if main else None, config.optim.iterations, silent=not main)
         keep = self.was_before if resume else None
@@ -338,6 +311,7 @@ class Trainer:
         splits = {"train": self.train_data, "val": self.val_data, "test": self.test_data}
         lines = [f"command: {self.command}"]
         lines += summarize(self.config, self.model, splits, self.device, self.world_size)
+        lines += self.loaded
         lines += [f"resumed after iteration {self.step}"] if self.step else []
         return lines + [f"changed, so the continuation is not bit-exact: {c}" for c in self.changes]
 

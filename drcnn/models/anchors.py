@@ -19,6 +19,8 @@ class AnchorConfig:
     """Cut scaled sizes and round the corners to whole pixels, as torchvision does."""
     scales: tuple[float, ...] = (1.0,)
     """Factors of a level's size; every ratio comes in every scale."""
+    legacy: bool = False
+    """Sides rounded in cells, an eighth of the size, and centred in them, as in maskrcnn-benchmark."""
 
     @property
     def per_cell(self) -> int:
@@ -27,6 +29,8 @@ class AnchorConfig:
 
     def cells(self) -> Tensor:
         """Makes the anchors of one cell of each level around the origin: float32 Tensor[L, A, 4]."""
+        if self.legacy:
+            return torch.stack([legacy_cell_anchors(size, self.ratios, self.scales) for size in self.sizes])
         return torch.stack([cell_anchors(s, self.ratios, self.rounded, self.scales) for s in self.sizes])
 
 
@@ -54,6 +58,28 @@ def cell_anchors(
     half = torch.stack([sides / root, sides * root], dim=-1).flatten(0, 1) / 2
     anchors = torch.cat([-half, half], dim=1)
     return anchors.round() if rounded else anchors
+
+
+def legacy_cell_anchors(size: float, ratios: Sequence[float], scales: Sequence[float]) -> Tensor:
+    """Makes the anchors of one cell as Faster R-CNN's first code did, and what grew from it.
+
+    Sides are rounded at the scale of a cell, so that 0.5 and 2 are no exact ratios; the centre is that of the
+    cell. There, ``x2`` and ``y2`` are those of the last pixel; here they are its far side, one more.
+
+    Args:
+        size: eight times the side of a cell, in pixels.
+        ratios: height over width of each anchor.
+        scales: factors of ``size``.
+
+    Returns:
+        Tensor[A, 4]: float32 xyxy, by ratio and then by scale.
+    """
+    cell = size / 8
+    width = (cell**2 / torch.tensor(ratios, dtype=torch.float64)).sqrt().round()
+    height = (width * torch.tensor(ratios, dtype=torch.float64)).round()
+    factors = 8 * torch.tensor(scales, dtype=torch.float64)
+    half = (torch.stack([width, height], dim=-1).unsqueeze(1) * factors.view(1, -1, 1)).flatten(0, 1) / 2
+    return (torch.cat([-half, half], dim=1) + cell / 2).float()
 
 
 def grid_points(

@@ -38,6 +38,8 @@ class ResNetConfig:
     """Normalization: fixed batch statistics, trained batch norm, or group norm (32 groups)."""
     frozen_stages: int = 2
     """Parts that are not trained, from the input: 0 none, 1 the stem, 2 the stem and C2, ... 5 all."""
+    stride_in_1x1: bool = False
+    """Blocks stride in their first 1 x 1 convolution, as the ResNets from Caffe do, not in the 3 x 3 one."""
     deformable: bool = False
     """Modulated deformable convolution (v2) in the last 3x3 of each block of C3 to C5."""
 
@@ -85,6 +87,9 @@ class ResNet(nn.Module):
             body.layer3,
             body.layer4,
         )
+        if config.stride_in_1x1:
+            for layer in (self.layer2, self.layer3, self.layer4):
+                layer[0].conv1.stride, layer[0].conv2.stride = layer[0].conv2.stride, layer[0].conv1.stride
         if config.deformable:
             for unit in (*self.layer2, *self.layer3, *self.layer4):
                 unit.conv2 = ModulatedDeformConv2d.like(unit.conv2)

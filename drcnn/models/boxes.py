@@ -48,6 +48,18 @@ def clip_boxes(boxes: Tensor, sizes: Tensor) -> Tensor:
     return torch.minimum(boxes.clamp(min=0), limit)
 
 
+def up_to_last_pixel(boxes: Tensor) -> Tensor:
+    """Takes one pixel off the right and the lower edge: the last pixel's corner instead of its far side.
+
+    Args:
+        boxes (Tensor[..., 4]): xyxy in pixels.
+
+    Returns:
+        Tensor[..., 4]: ``(x1, y1, x2 - 1, y2 - 1)``.
+    """
+    return torch.cat([boxes[..., :2], boxes[..., 2:] - 1], dim=-1)
+
+
 def has_size(boxes: Tensor, min_size: float) -> Tensor:
     """Tells which boxes have both sides of at least ``min_size`` pixels.
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import torchvision  # noqa: F401 (registers torch.ops.torchvision)
 from torch import Tensor, nn
 
+from drcnn.models.boxes import up_to_last_pixel
 from drcnn.models.roi_heads import Samples
 from drcnn.ops import roi_align
 
@@ -30,6 +31,8 @@ class MaskHeadConfig:
     """Samples per cell and side of RoIAlign; 0 adapts to the box."""
     aligned: bool = True
     """RoIAlign with the half-pixel shift."""
+    to_last_pixel: bool = False
+    """Pool to one pixel before the right and lower edge, as systems did whose boxes include that pixel."""
     loss_weight: float = 1.0
     """Factor of the mask loss."""
 
@@ -79,6 +82,7 @@ class MaskHead(nn.Module):
             Tensor[B, R, M, M]: float32 logits in M x M cells of the box; M is twice ``config.pool_size``.
         """
         config = self.config
+        boxes = up_to_last_pixel(boxes) if config.to_last_pixel else boxes
         hidden = roi_align(
             features, boxes, self.strides, config.pool_size, config.sampling_ratio, config.aligned
         ).flatten(0, 1)

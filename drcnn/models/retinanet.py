@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,8 @@ class RetinaNetHeadConfig:
     """Anchors."""
     convs: int = 4
     """3x3 convolutions before the outputs, in each of the two branches."""
+    norm: Literal["none", "gn"] = "none"
+    """Normalization of these convolutions."""
     foreground_iou: float = 0.5
     """An anchor is an object from this IoU on; the best anchors of each ground truth are, whatever theirs."""
     background_iou: float = 0.4
@@ -111,8 +114,7 @@ class RetinaNetHead(nn.Module):
         self.num_classes = num_classes
         per_cell = config.anchors.per_cell
         self.class_convs, self.box_convs = (
-            nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(config.convs))
-            for _ in range(2)
+            nn.ModuleList(_conv(channels, config.norm) for _ in range(config.convs)) for _ in range(2)
         )
         self.classifier = nn.Conv2d(channels, per_cell * num_classes, 3, padding=1)
         self.deltas = nn.Conv2d(channels, per_cell * 4, 3, padding=1)
@@ -214,3 +216,8 @@ class RetinaNetHead(nn.Module):
             labels.append(label)
         candidates = (torch.cat(part, dim=1) for part in (boxes, scores, labels))
         return keep_best(*candidates, images, config)
+
+
+def _conv(channels: int, norm: str) -> nn.Module:
+    conv = nn.Conv2d(channels, channels, 3, padding=1)
+    return nn.Sequential(conv, nn.GroupNorm(32, channels)) if norm == "gn" else conv

@@ -6,7 +6,7 @@ Sources: Fast R-CNN (arXiv 1504.08083) section 2.3, FPN (arXiv 1612.03144) secti
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from drcnn.dynamics import (
     FixedTrainingConfig,
     regression_error,
 )
-from drcnn.models.boxes import clip_boxes, decode_deltas, has_size
+from drcnn.models.boxes import clip_boxes, decode_deltas, has_size, up_to_last_pixel
 from drcnn.models.samplers import sample_slots
 from drcnn.models.suppression import SoftNms, suppress
 from drcnn.ops import assign_targets, match_boxes, roi_align, smooth_l1
@@ -29,16 +29,22 @@ from drcnn.structures import Detections, ImageBatch, Targets
 
 @dataclass(frozen=True)
 class BoxHeadConfig:
-    """RoI head: pooling, two fully connected layers, classes and boxes."""
+    """RoI head: pooling, fully connected layers, classes and boxes."""
 
     channels: int = 1024
-    """Width of the two fully connected layers."""
+    """Width of the fully connected layers."""
+    convs: int = 0
+    """Number of 3 x 3 convolutions before the fully connected layers, as wide as the pyramid."""
+    fcs: Literal[1, 2] = 2
+    """Number of fully connected layers."""
     pool_size: int = 7
     """Side of the pooled features."""
     sampling_ratio: int = 0
     """Samples per cell and side of RoIAlign; 0 adapts to the box."""
     aligned: bool = True
     """RoIAlign with the half-pixel shift."""
+    to_last_pixel: bool = False
+    """Pool to one pixel before the right and lower edge, as systems did whose boxes include that pixel."""
     samples: int = 512
     """Proposals per image in the loss."""
     positive_fraction: float = 0.25
@@ -92,7 +98,7 @@ class Samples(NamedTuple):
 
 
 class BoxHead(nn.Module):
-    """Two fully connected layers on pooled features, a classifier with K + 1 outputs and box deltas.
+    """Fully connected layers on pooled features, a classifier with K + 1 outputs and box deltas.
 
     The background is the last class, K.
 
@@ -110,15 +116,21 @@ class BoxHead(nn.Module):
         self.config = config
         self.strides = tuple(strides)
         self.num_classes = num_classes
+        self.convs = nn.ModuleList(
+            nn.Conv2d(in_channels, in_channels, 3, padding=1) for _ in range(config.convs)
+        )
         self.fc1 = nn.Linear(in_channels * config.pool_size**2, config.channels)
-        self.fc2 = nn.Linear(config.channels, config.channels)
+        self.fc2 = nn.Linear(config.channels, config.channels) if config.fcs == 2 else nn.Identity()
         self.classifier = nn.Linear(config.channels, num_classes + 1)
         self.deltas = nn.Linear(config.channels, 4 * (1 if config.class_agnostic else num_classes))
-        for layer in (self.fc1, self.fc2):
+        for conv in self.convs:
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        hidden = [self.fc1, self.fc2][: config.fcs]
+        for layer in hidden:
             nn.init.kaiming_uniform_(layer.weight, a=1)
         nn.init.normal_(self.classifier.weight, std=0.01)
         nn.init.normal_(self.deltas.weight, std=0.001)
-        for layer in (self.fc1, self.fc2, self.classifier, self.deltas):
+        for layer in (*self.convs, *hidden, self.classifier, self.deltas):
             nn.init.zeros_(layer.bias)
 
     def forward(self, features: Sequence[Tensor], boxes: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,9 +144,12 @@ class BoxHead(nn.Module):
             tuple[Tensor[B, R, K + 1], Tensor[B, R, K or 1, 4]]: float32 logits and deltas.
         """
         config = self.config
+        boxes = up_to_last_pixel(boxes) if config.to_last_pixel else boxes
         pooled = roi_align(
             features, boxes, self.strides, config.pool_size, config.sampling_ratio, config.aligned
         )
+        for conv in self.convs:
+            pooled = F.relu(conv(pooled.flatten(0, 1))).unflatten(0, boxes.shape[:2])
         hidden = F.relu(self.fc2(F.relu(self.fc1(pooled.flatten(2)))))
         return self.classifier(hidden).float(), self.deltas(hidden).unflatten(-1, (-1, 4)).float()
 

@@ -22,6 +22,8 @@ class RPNConfig:
 
     anchors: AnchorConfig = field(default_factory=AnchorConfig)
     """Anchors."""
+    convs: int = 1
+    """Number of 3 x 3 convolutions before the two predictions."""
     foreground_iou: float = 0.7
     """An anchor is an object from this IoU on; the best anchors of each ground truth are, whatever theirs."""
     background_iou: float = 0.3
@@ -71,9 +73,12 @@ class RPN(nn.Module):
         self.strides = tuple(strides)
         per_cell = config.anchors.per_cell
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.more_convs = nn.ModuleList(
+            nn.Conv2d(channels, channels, 3, padding=1) for _ in range(config.convs - 1)
+        )
         self.objectness = nn.Conv2d(channels, per_cell, 1)
         self.deltas = nn.Conv2d(channels, per_cell * 4, 1)
-        for layer in (self.conv, self.objectness, self.deltas):
+        for layer in (self.conv, *self.more_convs, self.objectness, self.deltas):
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.bias)
         self.register_buffer("cells", config.anchors.cells(), persistent=False)
@@ -108,6 +113,8 @@ class RPN(nn.Module):
         logits, deltas, anchors = [], [], []
         for level, feature in enumerate(features):
             hidden = F.relu(self.conv(feature))
+            for conv in self.more_convs:
+                hidden = F.relu(conv(hidden))
             logits.append(self.objectness(hidden).permute(0, 2, 3, 1).flatten(1).float())
             level_deltas = self.deltas(hidden).permute(0, 2, 3, 1)
             deltas.append(level_deltas.reshape(len(feature), -1, 4).float())

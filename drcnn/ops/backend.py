@@ -274,6 +274,8 @@ def _why_not_native(requires: tuple[str, ...], device_type: str) -> str | None:
             "`DRCNN_CUDA=1 pip install -e .`"
         )
     for name in requires:
+        if not hasattr(torch.ops.drcnn, name):
+            return f"{build['library']} was built from older sources; run `pip install -e .` again"
         if not _has_kernel(f"drcnn::{name}", key):
             return f"drcnn::{name} has no {key} kernel in {build['library']}"
     return _why_no_image(build["architectures"]) if key == "CUDA" else None

@@ -2,53 +2,83 @@
 
 import json
 import os
-import pickle
-import warnings
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 
 from drcnn.errors import WeightsError
+from drcnn.weights.pickles import RefusedPickle, read_pickled
 
 _WRAPPERS = ("model", "state_dict", "model_state", "module")
 _PREFIXES = ("module.", "_orig_mod.")
 """What DistributedDataParallel and torch.compile put in front of each name."""
 
 
-def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
-    """Reads the tensors of a weights file or checkpoint, on the CPU.
+@dataclass
+class Weights:
+    """What a file or a state dict holds.
 
-    The kind of file is told by its content: safetensors, or what ``torch.save`` writes. The latter is
-    read with ``weights_only=True``, which refuses everything but tensors and plain types.
+    Attributes:
+        tensors: by name, without the prefixes of wrappers such as "module.".
+        extra: what lies beside them in a checkpoint, or a safetensors file's metadata.
+        source: what to call the weights in an error.
+    """
+
+    tensors: dict[str, Tensor]
+    extra: dict[str, Any] = field(default_factory=dict)
+    source: str = "the state dict"
+
+
+def read_state_dict(path: str | os.PathLike) -> dict[str, Tensor]:
+    """Reads the tensors of a weights file or checkpoint, on the CPU; see :func:`read_weights`."""
+    return read_weights(path).tensors
+
+
+def read_weights(path: str | os.PathLike) -> Weights:
+    """Reads a weights file or checkpoint, on the CPU.
+
+    The kind of file is told by its content: safetensors, what ``torch.save`` writes (also before torch 1.6),
+    or a plain pickle of arrays such as those of Detectron2's model zoo. Objects of known trainers that lie
+    beside the tensors are passed over, and a file that names anything else is refused.
 
     Args:
         path: file with a state dict, or a checkpoint with one under "model" or "state_dict".
 
-    Returns:
-        Tensors by name, without the prefixes of wrappers such as "module.".
+    Raises:
+        WeightsError: no such file, a damaged one, one that would run code, one without tensors.
+    """
+    return unwrap(read_content(path), str(path))
+
+
+def read_content(path: str | os.PathLike) -> dict[str, Any]:
+    """Reads all that a weights file holds; safetensors become a dict with ``tensors`` and ``metadata``.
 
     Raises:
-        WeightsError: no such file, a damaged one, one with anything but plain types, one without tensors.
+        WeightsError: no such file, a damaged one, one that would run code, or one that holds no dict.
     """
     path = Path(path)
     if not path.exists():
         raise WeightsError(f"weights file not found: {path}; check the path")
     if path.is_dir():
-        raise WeightsError(f"{path} is a folder, expected a weights file (.pth, .pt or .safetensors)")
+        raise WeightsError(f"{path} is a folder, expected a weights file (.pth, .pt, .pkl or .safetensors)")
     try:
-        content = load_file(path) if _is_safetensors(path) else _torch_load(path)
-    except pickle.UnpicklingError as error:
-        raise WeightsError(f"{path} cannot be read without running code from it: {_cause(error)}") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, SafetensorError) as error:
+        content = _read_safetensors(path) if _is_safetensors(path) else read_pickled(path)
+    except RefusedPickle as error:
+        raise WeightsError(f"{path} is refused: {error}; get the weights from a source you trust") from None
+    except Exception as error:  # what a damaged file makes its readers raise has no bounds
         raise WeightsError(f"{path} is damaged or not a weights file: {_cause(error)}") from None
-    return plain_state_dict(content, str(path))
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path} holds no state dict but a {type(content).__name__}")
+    return content
 
 
-def plain_state_dict(content: object, source: str) -> dict[str, Tensor]:
-    """Finds the state dict in a checkpoint's content and strips the names' wrappers.
+def unwrap(content: dict[str, Any], source: str) -> Weights:
+    """Finds the state dict in a checkpoint's content, strips the names' wrappers, turns arrays into tensors.
 
     Args:
         content: state dict, or a dict that holds one under "model", "state_dict" or the like.
@@ -57,26 +87,34 @@ def plain_state_dict(content: object, source: str) -> dict[str, Tensor]:
     Raises:
         WeightsError: the content holds no tensors by name.
     """
+    extra: dict[str, Any] = {}
+    if isinstance(content.get("metadata"), dict) and isinstance(content.get("tensors"), dict):
+        content, extra = content["tensors"], content["metadata"]
     for key in _WRAPPERS:
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
+        if isinstance(content.get(key), dict):
+            extra |= {name: value for name, value in content.items() if name != key}
             content = content[key]
-    if not isinstance(content, dict):
-        raise WeightsError(f"{source} holds no state dict but a {type(content).__name__}")
-    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    try:
+        tensors = {
+            str(name): torch.from_numpy(np.array(value)) if isinstance(value, np.ndarray) else value
+            for name, value in content.items()
+            if isinstance(value, Tensor | np.ndarray)
+        }
+    except TypeError as error:
+        raise WeightsError(f"{source} holds an array that is no tensor: {_cause(error)}") from None
     if not tensors:
         keys = ", ".join(map(str, list(content)[:5])) or "nothing"
         raise WeightsError(f"{source} holds no tensors by name; it holds {keys}")
     for prefix in _PREFIXES:
         if all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
-    return tensors
+    return Weights(tensors, extra, source)
 
 
-def _torch_load(path: Path) -> object:
-    with warnings.catch_warnings():
-        # About unusual pickle protocols: the file is then read, or refused with an error of its own.
-        warnings.simplefilter("ignore", UserWarning)
-        return torch.load(path, map_location="cpu", weights_only=True)
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    with safe_open(path, framework="pt", device="cpu") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        return {"tensors": tensors, "metadata": file.metadata() or {}}
 
 
 def _is_safetensors(path: Path) -> bool:

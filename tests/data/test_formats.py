@@ -111,10 +111,13 @@ def test_voc_splits_agree_on_classes_that_only_one_of_them_has(tmp_path, tiny_co
     for category in content["categories"]:
         category["name"] = category["name"].replace("star", "anvil")
     write_voc(content, images, tmp_path / "a", "val")
-    splits = [SplitConfig(annotations=f"{x}/VOC2007/ImageSets/Main/val.txt") for x in "ab"]
-    config = data_config(tmp_path, *splits)
+    (tmp_path / "b/VOC2007/ImageSets/Main/one.txt").write_text("000001\n")  # of the images of val.txt
+    lists = ("b/VOC2007/ImageSets/Main/val.txt",), ("a/VOC2007/ImageSets/Main/val.txt",)
+    splits = [SplitConfig(annotations=names) for names in lists]
+    config = data_config(tmp_path, *splits, test=SplitConfig(annotations="b/VOC2007/ImageSets/Main/one.txt"))
     expected = ["anvil", "circle", "square", "star", "triangle"]
     assert load_split(config, "train").categories == load_split(config, "val").categories == expected
+    assert load_split(config, "test").categories == expected and len(load_split(config, "test")) == 1
 
 
 @pytest.mark.parametrize(
