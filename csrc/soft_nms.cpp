@@ -13,8 +13,8 @@
 namespace drcnn {
 namespace {
 
-constexpr int64_t kPlanes = 6;            // x1, y1, x2, y2, area, score
-constexpr int64_t kSharedPairs = 1 << 18;  // below this a second thread costs more than it saves
+constexpr int64_t kPlanes = 6;             // x1, y1, x2, y2, area, score
+constexpr int64_t kSharedPairs = 1 << 20;  // below this a second thread costs more than it saves
 
 // The boxes of one image and group.
 struct Segment {
@@ -153,7 +153,8 @@ std::tuple<Tensor, Tensor, Tensor> soft_nms_cpu(const Tensor& boxes, const Tenso
   int64_t* index_out = index.mutable_data_ptr<int64_t>();
   float* taken_out = taken.mutable_data_ptr<float>();
   bool* found_out = found.mutable_data_ptr<bool>();
-  const bool shared = args.images * args.count * slots > kSharedPairs;
+  const bool* all_valid = args.valid.const_data_ptr<bool>();
+  const bool shared = std::count(all_valid, all_valid + args.images * args.count, true) * slots > kSharedPairs;
   torch::stable::parallel_for(0, args.images, shared ? 1 : args.images, [&](int64_t first, int64_t last) {
     for (int64_t b = first; b < last; ++b) {
       Image image = lay_out(args, b * args.count);
