@@ -11,8 +11,10 @@ from drcnn.engine.optim import OptimConfig
 from drcnn.models import (
     AnchorConfig,
     BoxHeadConfig,
+    CascadeHeadConfig,
     FasterRCNNConfig,
     FPNConfig,
+    MaskHeadConfig,
     ResNetConfig,
     RPNConfig,
 )
@@ -163,3 +165,64 @@ def short_schedule(iterations: int, lr: float = 0.02, batch_size: int = 4) -> Op
         milestones=(iterations * 7 // 10, iterations * 9 // 10),
         clip_norm=10.0,
     )
+
+
+def mask_rcnn(backbone: ResNetName = "resnet50", num_classes: int = 80) -> FasterRCNNConfig:
+    """Mask R-CNN with FPN on an ImageNet backbone (arXiv 1703.06870).
+
+    Args:
+        backbone: torchvision's name.
+        num_classes: object classes, without the background.
+    """
+    return replace(faster_rcnn(backbone, num_classes), mask_head=MaskHeadConfig())
+
+
+def light_mask_rcnn(num_classes: int) -> FasterRCNNConfig:
+    """Mask R-CNN that trains from scratch on a CPU, for small images: a narrow mask head on the light parts.
+
+    Args:
+        num_classes: object classes, without the background.
+    """
+    return replace(
+        light_faster_rcnn(num_classes), mask_head=MaskHeadConfig(channels=64, convs=2, sampling_ratio=2)
+    )
+
+
+def light_nucleus_mask_rcnn() -> FasterRCNNConfig:
+    """`light_mask_rcnn` for the nuclei of dsb2018: small anchors, room for hundreds of objects per image."""
+    detector = light_mask_rcnn(num_classes=1)
+    return replace(
+        detector,
+        rpn=replace(detector.rpn, anchors=AnchorConfig(sizes=(8, 16, 32, 64, 128))),
+        box_head=replace(detector.box_head, detections=300),
+    )
+
+
+def cascade_rcnn(backbone: ResNetName = "resnet50", num_classes: int = 80) -> FasterRCNNConfig:
+    """Cascade R-CNN with FPN on an ImageNet backbone (arXiv 1712.00726); 2000 proposals in training.
+
+    Args:
+        backbone: torchvision's name.
+        num_classes: object classes, without the background.
+    """
+    detector = faster_rcnn(backbone, num_classes)
+    return replace(detector, rpn=replace(detector.rpn, post_nms=2000), box_head=CascadeHeadConfig())
+
+
+def cascade_mask_rcnn(backbone: ResNetName = "resnet50", num_classes: int = 80) -> FasterRCNNConfig:
+    """Cascade R-CNN with one mask head: it trains on the first stage's positives and serves the last's boxes.
+
+    Args:
+        backbone: torchvision's name.
+        num_classes: object classes, without the background.
+    """
+    return replace(cascade_rcnn(backbone, num_classes), mask_head=MaskHeadConfig())
+
+
+def with_masks(data: DataConfig) -> DataConfig:
+    """The same data with its instance masks, for detectors with a mask head.
+
+    Args:
+        data: the data set.
+    """
+    return replace(data, masks=True)

@@ -1,18 +1,29 @@
-"""Our Faster R-CNN against torchvision's with the same random weights.
+"""Our Faster R-CNN and Mask R-CNN against torchvision's with the same random weights.
 
 torchvision is the oracle: given the same network input, boxes must agree within 1e-3 px, scores within
 1e-4, and labels exactly. Detections are compared as ordered lists after sorting both by score; where two
 scores lie within the tolerance their order is chance, so each of ours is matched to the nearest of
-theirs with the same label and close score, one to one.
+theirs with the same label and close score, one to one. Their masks must agree where both are pasted
+into the image by torchvision: an IoU of 0.99 or more.
 """
+
+import re
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from torchvision.models.detection import fasterrcnn_resnet50_fpn
+from torchvision.models.detection import fasterrcnn_resnet50_fpn, maskrcnn_resnet50_fpn
+from torchvision.models.detection.roi_heads import paste_masks_in_image
 
-from drcnn.models import AnchorConfig, BoxHeadConfig, FasterRCNNConfig, ResNetConfig, RPNConfig
+from drcnn.models import (
+    AnchorConfig,
+    BoxHeadConfig,
+    FasterRCNNConfig,
+    MaskHeadConfig,
+    ResNetConfig,
+    RPNConfig,
+)
 from drcnn.structures import Detections, ImageBatch
 from drcnn.weights import load_weights
 
@@ -22,9 +33,13 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @pytest.fixture(scope="module")
 def oracle() -> nn.Module:
-    """torchvision's detector with weights that give well-spread scores and boxes."""
+    """torchvision's Faster R-CNN with weights that give well-spread scores and boxes."""
+    return make_oracle(fasterrcnn_resnet50_fpn)
+
+
+def make_oracle(make) -> nn.Module:
     torch.manual_seed(0)
-    model = fasterrcnn_resnet50_fpn(
+    model = make(
         weights=None,
         weights_backbone=None,
         num_classes=CLASSES + 1,
@@ -35,6 +50,8 @@ def oracle() -> nn.Module:
         max_size=10000,
     )
     model.transform.resize = lambda image, target=None: (image, target)
+    # Masks stay in the cells of their boxes; the test pastes theirs and ours.
+    model.transform.postprocess = lambda result, *sizes: result
     generator = torch.Generator().manual_seed(1)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -85,11 +102,12 @@ def ours(oracle: nn.Module, detections: int) -> nn.Module:
         backbone=ResNetConfig(name="resnet50"),
         rpn=RPNConfig(anchors=AnchorConfig(rounded=True), nms=0.7, test_pre_nms=1000, test_post_nms=1000),
         box_head=BoxHeadConfig(sampling_ratio=2, aligned=False, detections=detections),
+        mask_head=MaskHeadConfig(sampling_ratio=2, aligned=False) if oracle.roi_heads.has_mask() else None,
         pixel_mean=tuple(255 * v for v in MEAN),
         pixel_std=tuple(255 * v for v in STD),
     )
     model = config.build().eval()
-    report = load_weights(model, oracle.state_dict())
+    report = load_weights(model, with_own_masks(oracle.state_dict()))
     assert report.source == "torchvision"
     assert not report.missing and not report.unexpected and not report.misshaped
     assert sorted(report.reshaped) == [
@@ -99,6 +117,19 @@ def ours(oracle: nn.Module, detections: int) -> nn.Module:
         "box_head.deltas.weight",
     ]
     return model
+
+
+def with_own_masks(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Gives the mask head's tensors our names and drops its masks of class 0, the background."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        if name.startswith("roi_heads.mask_predictor.mask_fcn_logits."):
+            tensor = tensor[1:]
+        name = re.sub(r"^roi_heads\.mask_head\.(\d)\.0\.", r"mask_head.convs.\1.", name)
+        name = re.sub(r"^roi_heads\.mask_predictor\.conv5_mask\.", "mask_head.deconv.", name)
+        name = re.sub(r"^roi_heads\.mask_predictor\.mask_fcn_logits\.", "mask_head.logits.", name)
+        renamed[name] = tensor
+    return renamed
 
 
 def synthetic_images() -> list[torch.Tensor]:
@@ -151,7 +182,7 @@ def compare(oracle: nn.Module, images: list[torch.Tensor], detections: int) -> N
         # The test needs many detections; with room for all, also those next to the score threshold.
         assert count == detections if detections == 100 else 100 < count < detections
         assert detections == 100 or theirs["scores"].min() < 0.051
-        assert theirs["scores"].std() > 0.02 and len(theirs["labels"].unique()) > 2
+        assert theirs["scores"].std() > 0.02 and len(theirs["labels"].unique()) > 1
         assert int(valid.sum()) == count
         scores, boxes, labels = found.scores[i, valid], found.boxes[i, valid], found.labels[i, valid]
         assert torch.equal(scores, scores.sort(descending=True).values)
@@ -161,6 +192,19 @@ def compare(oracle: nn.Module, images: list[torch.Tensor], detections: int) -> N
         distance, partner = gap.min(dim=1)
         assert distance.max() < 1e-3
         assert len(partner.unique()) == count
+        if found.masks is not None:
+            size = images[i].shape[1:]
+            ours_pasted = pasted(found.masks[i, valid], boxes, size)
+            theirs_pasted = pasted(theirs["masks"][partner, 0], theirs["boxes"][partner], size)
+            union = (ours_pasted | theirs_pasted).sum((1, 2))
+            iou = (ours_pasted & theirs_pasted).sum((1, 2)) / union.clamp(min=1)
+            assert (union > 0).double().mean() > 0.9
+            assert iou[union > 0].min() >= 0.99
+
+
+def pasted(masks: torch.Tensor, boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Pixels of the image that are the object, Tensor[n, H, W]."""
+    return paste_masks_in_image(masks[:, None], boxes, size)[:, 0] >= 0.5
 
 
 @pytest.mark.parametrize(("source", "detections"), [("synthetic", 5000), ("coco", 100)])
@@ -173,3 +217,7 @@ def test_detections_equal_torchvisions(oracle, source, detections, request):
     else:
         images = synthetic_images()
     compare(oracle, images, detections)
+
+
+def test_masks_equal_torchvisions():
+    compare(make_oracle(maskrcnn_resnet50_fpn), synthetic_images(), 100)

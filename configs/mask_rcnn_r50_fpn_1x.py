@@ -1,0 +1,10 @@
+"""Mask R-CNN, ResNet-50-FPN, 1x, on COCO 2017."""
+
+from drcnn import presets
+from drcnn.config import Config
+
+config = Config(
+    model=presets.mask_rcnn("resnet50"),
+    data=presets.with_masks(presets.coco()),
+    optim=presets.schedule(1),
+)
