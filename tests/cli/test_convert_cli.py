@@ -102,7 +102,8 @@ from drcnn import presets
 from drcnn.config import Config
 from drcnn.data import DataConfig, SplitConfig
 from drcnn.engine.trainer import TrainConfig
-config = Config(presets.light_faster_rcnn(4), {data}, presets.short_schedule(1), TrainConfig(log_every=1, pictures=0))
+train = TrainConfig(log_every=1, pictures=0)
+config = Config(presets.light_faster_rcnn(4), {data}, presets.short_schedule(1), train)
 """
 
 
