@@ -86,11 +86,11 @@ class DataUnpickler(pickle._Unpickler):
     dispatch[pickle.BUILD[0]] = load_build
 
 
-def _inert_class() -> type:
-    """A class of its own for each file, as a file may leave marks on it."""
+def _inert() -> type:
+    """Makes a class that takes the place of objects that are not needed."""
 
     class Inert:
-        """Takes the place of an object that is not needed: takes anything, keeps nothing."""
+        """Takes anything, keeps nothing."""
 
         def __new__(cls, *_: object, **__: object) -> "Inert":
             return super().__new__(cls)
@@ -115,57 +115,49 @@ def _inert_class() -> type:
 
 def _known_names() -> dict[Any, Any]:
     """Everything that a name in a pickle can mean."""
-    Inert = _inert_class()
+    inert = _inert()
 
     def attribute(owner: object, name: str, *_: object) -> type:
-        if owner is not Inert:
+        if owner is not inert:
             raise RefusedPickle(f"it asks for the attribute {name!r} of an object when it is loaded")
-        return Inert
+        return inert
 
     def new_object(kind: object, *_: object) -> object:
-        if kind is not Inert:
+        if kind is not inert:
             raise RefusedPickle("it makes an object of an unknown kind when it is loaded")
-        return Inert()
-
-    def empty_array(*_: object) -> np.ndarray:
-        return np.ndarray((0,), np.int8)
-
-    def array(buffer: bytes, kind: np.dtype, shape: tuple[int, ...], order: str) -> np.ndarray:
-        return np.frombuffer(bytes(buffer), kind).reshape(shape, order="F" if order == "F" else "C")
+        return inert()
 
     def scalar(kind: np.dtype, data: bytes | str = b"") -> Any:
         data = data.encode("latin1") if isinstance(data, str) else data
-        return Inert() if kind.hasobject else np.frombuffer(data, kind, count=1)[0].item()
-
-    def dtype(kind: object, *_: object) -> np.dtype:
-        # A copy, for a state may be set on it.
-        return np.dtype(str(kind), copy=True)
-
-    def encode(text: str, encoding: str = "latin1", *_: object) -> bytes:
-        return str(text).encode("latin1")
+        return inert() if kind.hasobject else np.frombuffer(data, kind, count=1)[0].item()
 
     known: dict[Any, Any] = {
-        "inert": Inert,
+        "inert": inert,
         ("builtins", "getattr"): attribute,
         ("copyreg", "_reconstructor"): new_object,
-        ("builtins", "object"): Inert,
+        ("builtins", "object"): inert,
         ("builtins", "bytes"): lambda: b"",
+        ("_codecs", "encode"): lambda text, *_: str(text).encode("latin1"),
         ("collections", "OrderedDict"): collections.OrderedDict,
         ("collections", "defaultdict"): lambda *_: {},
         ("collections", "deque"): lambda items=(), *_: list(items),
         ("collections", "Counter"): lambda items=(), *_: dict(items),
-        ("numpy.core.multiarray", "_reconstruct"): empty_array,
+        ("numpy", "ndarray"): inert,
+        # A copy, for a state may be set on it.
+        ("numpy", "dtype"): lambda kind, *_: np.dtype(str(kind), copy=True),
+        ("numpy.core.multiarray", "_reconstruct"): lambda *_: np.ndarray((0,), np.int8),
         ("numpy.core.multiarray", "scalar"): scalar,
-        ("numpy.core.numeric", "_frombuffer"): array,
-        ("numpy", "ndarray"): Inert,
-        ("numpy", "dtype"): dtype,
-        ("_codecs", "encode"): encode,
+        ("numpy.core.numeric", "_frombuffer"): _forward(_array),
         ("torch", "Size"): torch.Size,
         ("torch", "device"): lambda *_: None,
     }
     known |= {("builtins", name): _forward(getattr(builtins, name)) for name in _PLAIN}
     known |= {("torch._utils", name): _forward(getattr(torch._utils, name)) for name in _TENSORS}
     return known
+
+
+def _array(buffer: bytes, kind: np.dtype, shape: tuple[int, ...], order: str) -> np.ndarray:
+    return np.frombuffer(bytes(buffer), kind).reshape(shape, order="F" if order == "F" else "C")
 
 
 def _forward(function: Callable) -> Callable:
