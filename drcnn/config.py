@@ -201,8 +201,8 @@ def _holds_dataclass(kind: Any) -> bool:
 
 
 def print_field_help(config: Config | None, program: str) -> None:
-    """Prints every field with its flag, meaning and default; those of ``config`` when there is one."""
-    default = tyro.MISSING if config is None else config
+    """Prints every field with its flag, meaning and default; those of a Faster R-CNN without ``config``."""
+    default = config or Config(model=FasterRCNNConfig(), data=tyro.MISSING)
     with contextlib.suppress(SystemExit):
         tyro.cli(Config, default=default, args=["--help"], prog=program, config=_MARKERS, description="")
 

@@ -59,9 +59,9 @@ def build_model(config: "Config") -> nn.Module:
 
 
 def describe_model(config: "Config", model: nn.Module) -> str:
-    """Says in one line which detector, backbone and training policy, and how many weights."""
+    """Says in one line which backbone, detector and training policy, and how many weights."""
     total, trained = count_parameters(model)
-    parts = f"{type(model).__name__}, {config.model.backbone.name}, {type(model.dynamics).__name__}"
+    parts = f"{config.model.backbone.name} {type(model).__name__}, {type(model.dynamics).__name__}"
     return f"model: {parts}, {total / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained"
 
 

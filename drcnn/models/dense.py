@@ -82,10 +82,11 @@ def initialize_head(head: nn.Module, classifier: nn.Conv2d, prior: float) -> Non
         classifier: the layer whose outputs are class logits.
         prior: score of every class before training.
     """
-    for layer in head.modules():
-        if isinstance(layer, nn.Conv2d):
-            nn.init.normal_(layer.weight, std=0.01)
-            nn.init.zeros_(layer.bias)
+    for name, parameter in head.named_parameters():
+        if parameter.dim() == 4:
+            nn.init.normal_(parameter, std=0.01)
+        elif name.endswith("bias"):
+            nn.init.zeros_(parameter)
     nn.init.constant_(classifier.bias, -math.log((1 - prior) / prior))
 
 

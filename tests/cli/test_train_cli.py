@@ -58,6 +58,19 @@ def test_dry_run_of_r101_2x(capsys, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "least", "most"),
+    [("retinanet_r50_fpn_1x", 37, 38), ("fcos_r50_fpn_1x", 32, 33), ("retinanet_r101_fpn_2x", 56, 57)],
+)
+def test_dry_run_of_dense_detectors(capsys, name, least, most):
+    assert train([str(REPOSITORY / "configs" / f"{name}.py"), "--dry-run", "--model.head.nms", "0.55"]) == 0
+    out = capsys.readouterr().out
+    parameters = next(line for line in out.splitlines() if line.startswith("model: resnet"))
+    assert least < float(parameters.split(", ")[2].split()[0]) < most
+    assert "model.head.nms = 0.55" in out and "lr 0.01 for 16 images" in out
+    assert "fpn: [2, 256, 32, 40]" in out and "detections: boxes [2, 100, 4], scores [2, 100]" in out
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--model.num-clases", "3"], "unknown flag --model.num-clases; did you mean --model.num-classes?"),

@@ -253,3 +253,24 @@ def test_averaged_gradients_of_ranks_are_those_of_one_rank(tmp_path):
         for rank in range(2):
             found = torch.load(tmp_path / f"{rank}.pt")[i]
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@BOTH
+def test_training_step_never_waits_for_the_gpu(config):
+    model = build(config).cuda()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    images, targets = (part.to("cuda") for part in batch())
+    before = torch.cuda.get_sync_debug_mode()
+    for step in range(4):
+        # The first step may allocate, load kernels and tune; all others must run without a wait.
+        torch.cuda.set_sync_debug_mode("error" if step else before)
+        try:
+            losses = model(images, targets)
+            optimizer.zero_grad()
+            sum(losses.values()).backward()
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    assert all(loss.isfinite() for loss in losses.values())
