@@ -39,10 +39,12 @@ def outcome(tmp_path_factory):
         "-o",
         "python_files=bench_*.py",
     ]
+    # pytest-benchmark does not measure in the workers of pytest-xdist, and this is a run of its own.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
     result = subprocess.run(
         command,
         cwd=folder,
-        env=os.environ | {"DRCNN_BENCH_RESULTS": str(folder / "results")},
+        env=environment | {"DRCNN_BENCH_RESULTS": str(folder / "results")},
         capture_output=True,
         text=True,
         check=False,

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from drcnn import presets
 from drcnn.config import Config
-from drcnn.data import DataConfig, SplitConfig
+from drcnn.data import AugmentationConfig, DataConfig, SplitConfig
 from drcnn.engine.trainer import TrainConfig
 
 train, val = (SplitConfig(f"images/{s}", f"annotations/instances_{s}.json") for s in ("train", "val"))

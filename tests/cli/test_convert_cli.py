@@ -101,7 +101,7 @@ def test_help_and_module(checkpoint):
 CONFIG = """
 from drcnn import presets
 from drcnn.config import Config
-from drcnn.data import DataConfig, SplitConfig
+from drcnn.data import AugmentationConfig, DataConfig, SplitConfig
 from drcnn.engine.trainer import TrainConfig
 train = TrainConfig(log_every=1, pictures=0)
 config = Config(presets.light_faster_rcnn(4), {data}, presets.short_schedule(10), train)

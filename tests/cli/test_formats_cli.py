@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from drcnn import presets
 from drcnn.config import Config
-from drcnn.data import DataConfig, SplitConfig
+from drcnn.data import AugmentationConfig, DataConfig, SplitConfig
 
 train, val = {splits}
 sizes = dict(short_sides=(64,), max_size=96, test_short_side=64, test_max_size=96, pad_step=32)

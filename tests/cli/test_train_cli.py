@@ -21,7 +21,7 @@ def tiny(tmp_path, tiny_data):
     path.write_text(
         "from drcnn import presets\n"
         "from drcnn.config import Config\n"
-        "from drcnn.data import DataConfig, SplitConfig\n"
+        "from drcnn.data import AugmentationConfig, DataConfig, SplitConfig\n"
         f"data = {tiny_data!r}\n"
         "config = Config(presets.light_faster_rcnn(4), data, presets.short_schedule(20))\n"
     )

@@ -20,7 +20,7 @@ from drcnn.train import main
 TEMPLATE = """
 from drcnn import presets
 from drcnn.config import Config
-from drcnn.data import DataConfig, SplitConfig
+from drcnn.data import AugmentationConfig, DataConfig, SplitConfig
 from drcnn.dynamics import DynamicTrainingConfig
 from drcnn.engine.trainer import TrainConfig
 from drcnn.models import AnchorConfig, BoxHeadConfig, FasterRCNNConfig, FPNConfig, ResNetConfig, RPNConfig
