@@ -9,8 +9,8 @@ from torch import Tensor
 MASK_THRESHOLD = 0.5
 """Least probability of a pixel of an object."""
 
-MAX_PIXELS = 2**25
-"""Pixels of masks that are floating point at a time."""
+MAX_PIXELS = 2**22
+"""Pixels of masks that are floating point at a time: few enough to stay in a CPU's cache."""
 
 
 def paste_masks(

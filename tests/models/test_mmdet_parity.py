@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from drcnn.engine.masks import paste_masks
 from drcnn.models import BoxHeadConfig, CascadeHeadConfig, FasterRCNNConfig, MaskHeadConfig, RPNConfig
 from drcnn.models.mask_head import mask_targets
 from drcnn.ops import box_iou, match_boxes, roi_align
@@ -189,7 +190,7 @@ def test_detections_of_a_batch_as_sets(golden):
 
 def compare_masks(golden: Golden, found: Detections, image: int, ours: Tensor, theirs: Tensor) -> None:
     height, width = golden.inputs.IMG_HW[image]
-    pasted = paste(found.masks[image, ours], found.boxes[image, ours], height, width) >= 0.5
+    pasted = paste_masks(found.masks[image, ours], found.boxes[image, ours], (height, width))
     area = golden.arrays[f"b2_det{image}.mask_area"][theirs]
     np.testing.assert_allclose(pasted.sum((1, 2)), area, rtol=0.01, atol=2)
     bits = np.unpackbits(golden.arrays[f"b2_det{image}.mask_bits20"], axis=1)[:, : height * width]
@@ -199,15 +200,6 @@ def compare_masks(golden: Golden, found: Detections, image: int, ours: Tensor, t
     mask, expected = pasted[compared], recorded[theirs[compared]]
     difference = (mask ^ expected).sum((1, 2))
     assert expected.any() and (difference <= 0.01 * expected.sum((1, 2)) + 1).all()
-
-
-def paste(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
-    """Interpolates masks at the pixels' centres, as MMDetection and Detectron2 do."""
-    x1, y1, x2, y2 = boxes[:, :, None].unbind(1)
-    x = (torch.arange(width) + 0.5 - x1) / (x2 - x1) * 2 - 1
-    y = (torch.arange(height) + 0.5 - y1) / (y2 - y1) * 2 - 1
-    grid = torch.stack([x[:, None].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)], dim=-1)
-    return nn.functional.grid_sample(masks[:, None], grid, align_corners=False)[:, 0]
 
 
 def train_copy(golden: Golden, max_positive: int) -> nn.Module:
