@@ -213,6 +213,16 @@ def cascade_rcnn(backbone: ResNetName = "resnet50", num_classes: int = 80) -> Fa
     return replace(detector, rpn=replace(detector.rpn, post_nms=2000), box_head=CascadeHeadConfig())
 
 
+def light_cascade_rcnn(num_classes: int) -> FasterRCNNConfig:
+    """Cascade R-CNN that trains from scratch on a CPU, for small images: three of the light box heads.
+
+    Args:
+        num_classes: object classes, without the background.
+    """
+    detector = light_faster_rcnn(num_classes)
+    return replace(detector, box_head=CascadeHeadConfig(replace(detector.box_head, class_agnostic=True)))
+
+
 def cascade_mask_rcnn(backbone: ResNetName = "resnet50", num_classes: int = 80) -> FasterRCNNConfig:
     """Cascade R-CNN with one mask head: it trains on the first stage's positives and serves the last's boxes.
 

@@ -1,0 +1,10 @@
+"""Cascade R-CNN, light, from scratch on a CPU, on blood cells (BCCD)."""
+
+from drcnn import presets
+from drcnn.config import Config
+
+config = Config(
+    model=presets.light_cascade_rcnn(num_classes=3),
+    data=presets.small_images("data/bccd"),
+    optim=presets.short_schedule(600),
+)
