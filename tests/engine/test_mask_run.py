@@ -19,7 +19,7 @@ from drcnn.train import main as train
 TEMPLATE = """
 from drcnn import presets
 from drcnn.config import Config
-from drcnn.data import DataConfig, SplitConfig
+from drcnn.data import AugmentationConfig, DataConfig, SplitConfig
 from drcnn.engine.trainer import TrainConfig
 from drcnn.models import AnchorConfig, BoxHeadConfig, FasterRCNNConfig, FPNConfig
 from drcnn.models import MaskHeadConfig, ResNetConfig, RPNConfig
