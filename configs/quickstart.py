@@ -13,5 +13,5 @@ config = Config(
     model=presets.dynamic(presets.light_faster_rcnn(num_classes=4), training),
     data=presets.synthetic_shapes("data/quickstart"),
     # From random weights, a third of the rate at once makes the first losses leap.
-    optim=replace(presets.short_schedule(400), warmup_factor=0.01),
+    optim=replace(presets.short_schedule(600), warmup_iterations=80, warmup_factor=0.01),
 )
