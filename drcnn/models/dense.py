@@ -9,7 +9,7 @@ from torchvision.ops import sigmoid_focal_loss
 
 from drcnn.dynamics import PlainTraining
 from drcnn.models.boxes import clip_boxes, has_size
-from drcnn.models.pixels import normalize
+from drcnn.models.pixels import PixelNormalization
 from drcnn.models.suppression import SuppressionConfig, suppress
 from drcnn.structures import Detections, ImageBatch, Targets
 
@@ -35,8 +35,7 @@ class DenseDetector(nn.Module):
         self.fpn = config.fpn.build(self.backbone.channels, self.backbone.strides)
         self.head = config.head.build(self.fpn.channels, self.fpn.strides, config.num_classes)
         self.dynamics = PlainTraining()
-        self.register_buffer("pixel_mean", torch.tensor(config.pixel_mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(config.pixel_std).view(3, 1, 1), persistent=False)
+        self.normalize = PixelNormalization(config.pixel_mean, config.pixel_std)
 
     def forward(self, images: ImageBatch, targets: Targets | None = None) -> dict[str, Tensor] | Detections:
         """Computes losses in training mode and detections in evaluation mode.
@@ -58,17 +57,6 @@ class DenseDetector(nn.Module):
         if self.training:
             return self.head.losses(features, targets)
         return self.head.detect(features, images)
-
-    def normalize(self, images: ImageBatch) -> Tensor:
-        """Scales pixels to zero mean and unit deviation, and sets the padding to zero.
-
-        Args:
-            images: RGB in 0..255.
-
-        Returns:
-            Tensor[B, 3, H, W]: float32.
-        """
-        return normalize(images, self.pixel_mean, self.pixel_std)
 
 
 def initialize_head(head: nn.Module, classifier: nn.Conv2d, prior: float) -> None:

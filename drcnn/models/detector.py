@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from drcnn.dynamics import DynamicTrainingConfig, FixedTrainingConfig
@@ -11,7 +10,7 @@ from drcnn.models.backbone import ResNetConfig
 from drcnn.models.cascade import CascadeHeadConfig
 from drcnn.models.fpn import FPNConfig
 from drcnn.models.mask_head import MaskHeadConfig
-from drcnn.models.pixels import normalize
+from drcnn.models.pixels import PixelNormalization
 from drcnn.models.roi_heads import BoxHeadConfig
 from drcnn.models.rpn import RPNConfig
 from drcnn.models.timm_backbone import TimmConfig
@@ -75,8 +74,7 @@ class FasterRCNN(nn.Module):
         self.box_head = config.box_head.build(*pooled)
         self.mask_head = config.mask_head.build(*pooled) if config.mask_head is not None else None
         self.dynamics = config.box_head.policy(config.training)
-        self.register_buffer("pixel_mean", torch.tensor(config.pixel_mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(config.pixel_std).view(3, 1, 1), persistent=False)
+        self.normalize = PixelNormalization(config.pixel_mean, config.pixel_std)
 
     def forward(self, images: ImageBatch, targets: Targets | None = None) -> dict[str, Tensor] | Detections:
         """Computes losses in training mode and detections in evaluation mode.
@@ -135,14 +133,3 @@ class FasterRCNN(nn.Module):
             raise ValueError("the detector has no mask head; set model.mask_head")
         features = self.fpn(self.backbone(self.normalize(images)))
         return self.mask_head.predict(features[:-1], detections.boxes, detections.labels)
-
-    def normalize(self, images: ImageBatch) -> Tensor:
-        """Scales pixels to zero mean and unit deviation, and sets the padding to zero.
-
-        Args:
-            images: RGB in 0..255.
-
-        Returns:
-            Tensor[B, 3, H, W]: float32.
-        """
-        return normalize(images, self.pixel_mean, self.pixel_std)

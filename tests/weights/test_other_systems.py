@@ -179,7 +179,7 @@ def test_a_deviation_is_taken_into_the_first_convolution():
     load_weights(plain, state)
     assert not load_weights(scaled, state).settings
     pixels = torch.rand(1, 3, 32, 32) * 255
-    outputs = [m.backbone.conv1((pixels - m.pixel_mean) / m.pixel_std) for m in (plain, scaled)]
+    outputs = [m.backbone.conv1((pixels - m.normalize.mean) / m.normalize.std) for m in (plain, scaled)]
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-2)
 
 

@@ -211,8 +211,8 @@ def test_the_first_published_weights_had_norms_without_an_epsilon():
     model = found.config.build().eval()
     load_weights(model, old_names(oracle.state_dict()))
     pixels = batch().tensor[:1].float()
-    ours = model.backbone((pixels - model.pixel_mean) / model.pixel_std)[-1]
-    theirs = oracle.backbone.body((pixels - model.pixel_mean) / model.pixel_std)["2"]
+    ours = model.backbone((pixels - model.normalize.mean) / model.normalize.std)[-1]
+    theirs = oracle.backbone.body((pixels - model.normalize.mean) / model.normalize.std)["2"]
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * theirs.abs().max().item())
 
 
