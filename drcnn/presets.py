@@ -113,6 +113,15 @@ def small_images(root: str, batch_size: int = 4) -> DataConfig:
     return _at_one_scale(root, folders, batch_size, short_side=256, max_size=448)
 
 
+def small_multi_scale(data: DataConfig) -> DataConfig:
+    """Multi-scale training on `small_images`: short sides in [192, 320], as [600, 1000] is around 800.
+
+    Args:
+        data: the data set.
+    """
+    return replace(data, short_sides=(192, 224, 256, 288, 320), max_size=560)
+
+
 def synthetic_shapes(root: str, batch_size: int = 4) -> DataConfig:
     """Textured shapes of four classes, made in ``root`` when it is not there; short side 160.
 
@@ -193,8 +202,16 @@ def light_mask_rcnn(num_classes: int) -> FasterRCNNConfig:
 
 
 def light_nucleus_mask_rcnn() -> FasterRCNNConfig:
-    """`light_mask_rcnn` for the nuclei of dsb2018: small anchors, room for hundreds of objects per image."""
-    detector = light_mask_rcnn(num_classes=1)
+    """`light_mask_rcnn` for the nuclei of dsb2018."""
+    return for_nuclei(light_mask_rcnn(num_classes=1))
+
+
+def for_nuclei(detector: FasterRCNNConfig) -> FasterRCNNConfig:
+    """A light detector for the nuclei of dsb2018: small anchors, room for hundreds of objects per image.
+
+    Args:
+        detector: the detector.
+    """
     return replace(
         detector,
         rpn=replace(detector.rpn, anchors=AnchorConfig(sizes=(8, 16, 32, 64, 128))),
