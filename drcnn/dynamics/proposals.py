@@ -3,8 +3,8 @@
 Sources: Sun et al., "Sparse R-CNN: End-to-End Object Detection with Learnable Proposals", arXiv 2011.12450,
 section 3.2; Hong et al., "Dynamic Sparse R-CNN", arXiv 2205.02101, section 3.3.
 
-Boxes here are (cx, cy, w, h), normalised by the size of the image. The detector calls ``forward`` with the levels
-P2 to P5; the trainer calls ``update`` once for each iteration.
+Boxes here are (cx, cy, w, h), normalised by the size of the image. The detector calls ``forward`` with the
+levels P2 to P5; the trainer calls ``update`` once for each iteration.
 """
 
 from collections.abc import Sequence
