@@ -1,7 +1,7 @@
 """Which ground truth each prediction of Sparse R-CNN trains on.
 
-Sources: Carion et al., "End-to-End Object Detection with Transformers", arXiv 2005.12872, section 3.1; Sun et al.,
-"Sparse R-CNN", arXiv 2011.12450, section 3.3.
+Sources: Carion et al., "End-to-End Object Detection with Transformers", arXiv 2005.12872, section 3.1; Sun et
+al., "Sparse R-CNN", arXiv 2011.12450, section 3.4.
 """
 
 from dataclasses import dataclass

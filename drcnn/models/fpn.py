@@ -25,7 +25,7 @@ class FPNConfig:
     first_level: Literal[2, 3] = 2
     """Finest level: 2 begins at P2, 3 at P3, as dense detectors do."""
     top: TopLevels = "pool"
-    """Above P5: nothing, P6 as every second cell of P5, or P6 and P7 by convolutions of stride 2 on C5 or P5."""
+    """Above P5: nothing, P6 as every second cell of P5, or P6 and P7 by convolutions on C5 or on P5."""
     top_relu: bool = True
     """ReLU between P6 and the convolution of P7 (not in MMDetection's RetinaNet)."""
 

@@ -1,4 +1,4 @@
-"""Sparse R-CNN: Sun et al., "Sparse R-CNN: End-to-End Object Detection with Learnable Proposals", arXiv 2011.12450."""
+"""Sun et al., "Sparse R-CNN: End-to-End Object Detection with Learnable Proposals", arXiv 2011.12450."""
 
 from dataclasses import dataclass, field
 
