@@ -23,7 +23,7 @@ from drcnn.data import DataConfig
 from drcnn.engine.optim import OptimConfig
 from drcnn.engine.trainer import TrainConfig
 from drcnn.errors import ConfigError, DrcnnError
-from drcnn.models import FasterRCNNConfig, FCOSConfig, RetinaNetConfig
+from drcnn.models import FasterRCNNConfig, FCOSConfig, RetinaNetConfig, SparseRCNNConfig
 
 _MARKERS = (tyro.conf.AvoidSubcommands,)
 _WORDS: dict[Any, str] = {
@@ -39,7 +39,7 @@ _WORDS: dict[Any, str] = {
 class Config:
     """Everything that defines an experiment."""
 
-    model: FasterRCNNConfig | RetinaNetConfig | FCOSConfig
+    model: FasterRCNNConfig | RetinaNetConfig | FCOSConfig | SparseRCNNConfig
     """The detector."""
     data: DataConfig
     """The images and annotations, and how they are prepared."""

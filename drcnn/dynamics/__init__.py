@@ -1,5 +1,6 @@
 """What adapts during training: the state and the rules of dynamic training."""
 
+from drcnn.dynamics.assignment import HungarianAssignment, HungarianConfig
 from drcnn.dynamics.proposals import (
     DynamicProposals,
     DynamicProposalsConfig,
@@ -25,6 +26,8 @@ __all__ = [
     "DynamicTrainingConfig",
     "FixedTraining",
     "FixedTrainingConfig",
+    "HungarianAssignment",
+    "HungarianConfig",
     "LearnedProposals",
     "LearnedProposalsConfig",
     "PlainTraining",
