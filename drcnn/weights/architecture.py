@@ -7,7 +7,7 @@ from typing import get_args
 
 from torch import Tensor
 
-from drcnn.dynamics import LearnedProposalsConfig
+from drcnn.dynamics import DynamicProposalsConfig, LearnedProposalsConfig, OptimalTransportConfig
 from drcnn.errors import WeightsError
 from drcnn.models import (
     BoxHeadConfig,
@@ -132,8 +132,17 @@ def _sparse(tensors: Mapping[str, Tensor], source: str) -> SparseRCNNConfig:
         pool_size=round((tensors[f"{first}interaction.fc.weight"].shape[1] / fpn.channels) ** 0.5),
     )
     classes = len(tensors[f"{first}classifier.weight"])
-    proposals = LearnedProposalsConfig(len(tensors["proposals.boxes"]))
-    return SparseRCNNConfig(classes, _backbone(tensors, source), fpn, proposals, head)
+    config = SparseRCNNConfig(classes, _backbone(tensors, source), fpn, head=head)
+    boxes = tensors["proposals.boxes"]
+    if boxes.dim() == 2:
+        return replace(config, proposals=LearnedProposalsConfig(len(boxes)))
+    hidden, cells = tensors["proposals.generator.fc1.weight"].shape
+    staircase = "proposals.generator.steps.0.weight" in tensors
+    proposals = DynamicProposalsConfig(
+        boxes.shape[1], len(boxes), staircase, grid=round(cells**0.5), hidden=hidden
+    )
+    # No tensor shows the assignment; detections of the many-to-one, which usually goes with it, need NMS.
+    return replace(config, proposals=proposals, assignment=OptimalTransportConfig())
 
 
 def _dense_pyramid(tensors: Mapping[str, Tensor]) -> FPNConfig:
