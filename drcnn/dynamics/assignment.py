@@ -183,6 +183,8 @@ class OptimalTransportAssignment(nn.Module):
       ``max_share`` of the predictions. So supplies may be halves, which Sinkhorn takes as they are.
     - A fixed k is lowered by the stage, too, while ``unit_increasing`` is on; the paper's ablation of fixed k
       has it off.
+    - No ground truth is promised a prediction: its units may be spread over several that suit it alike, so
+      that the background has the larger share of each, as in OTA. ``positives_per_gt`` shows it.
     - Entropy weight 0.1 and 50 Sinkhorn iterations, as OTA has them.
 
     Args:

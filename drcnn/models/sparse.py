@@ -1,11 +1,24 @@
-"""Sun et al., "Sparse R-CNN: End-to-End Object Detection with Learnable Proposals", arXiv 2011.12450."""
+"""Sun et al., "Sparse R-CNN: End-to-End Object Detection with Learnable Proposals", arXiv 2011.12450.
+
+With :class:`DynamicProposalsConfig` and :class:`OptimalTransportConfig` it is Dynamic Sparse R-CNN, Hong et
+al., arXiv 2205.02101.
+"""
 
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from drcnn.dynamics import HungarianAssignment, HungarianConfig, LearnedProposals, LearnedProposalsConfig
+from drcnn.dynamics import (
+    DynamicProposals,
+    DynamicProposalsConfig,
+    HungarianAssignment,
+    HungarianConfig,
+    LearnedProposals,
+    LearnedProposalsConfig,
+    OptimalTransportAssignment,
+    OptimalTransportConfig,
+)
 from drcnn.models.backbone import ResNetConfig
 from drcnn.models.fpn import FPNConfig
 from drcnn.models.pixels import PixelNormalization
@@ -22,7 +35,11 @@ class SparseTraining(nn.Module):
         assignment: gives each prediction its ground truth.
     """
 
-    def __init__(self, proposals: LearnedProposals, assignment: HungarianAssignment) -> None:
+    def __init__(
+        self,
+        proposals: LearnedProposals | DynamicProposals,
+        assignment: HungarianAssignment | OptimalTransportAssignment,
+    ) -> None:
         super().__init__()
         self.assignment = assignment
         self._parts = (proposals, assignment)  # a tuple, so that the proposals are not registered twice
@@ -39,7 +56,7 @@ class SparseTraining(nn.Module):
 
 @dataclass(frozen=True)
 class SparseRCNNConfig:
-    """Sparse R-CNN on the levels P2 to P5 of a pyramid."""
+    """Sparse R-CNN on the levels P2 to P5 of a pyramid, and Dynamic Sparse R-CNN by two of its parts."""
 
     num_classes: int = 80
     """K: object classes, without the background."""
@@ -47,11 +64,11 @@ class SparseRCNNConfig:
     """Backbone."""
     fpn: FPNConfig = field(default_factory=lambda: FPNConfig(top="none"))
     """Feature pyramid."""
-    proposals: LearnedProposalsConfig = field(default_factory=LearnedProposalsConfig)
+    proposals: LearnedProposalsConfig | DynamicProposalsConfig = field(default_factory=LearnedProposalsConfig)
     """Proposals that the first stage begins with."""
     head: SparseHeadConfig = field(default_factory=SparseHeadConfig)
     """Dynamic head."""
-    assignment: HungarianConfig = field(default_factory=HungarianConfig)
+    assignment: HungarianConfig | OptimalTransportConfig = field(default_factory=HungarianConfig)
     """Which ground truth each prediction trains on."""
     pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     """Mean of R, G, B in 0..255, subtracted from the images."""

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from drcnn.dynamics import HungarianAssignment, mean_over_ranks
+from drcnn.dynamics import HungarianAssignment, OptimalTransportAssignment, mean_over_ranks
 from drcnn.errors import ConfigError
 from drcnn.models.boxes import decode_deltas
 from drcnn.models.dense import keep_best, strongest
@@ -236,7 +236,7 @@ class SparseHead(nn.Module):
         outputs: Sequence[StageOutput],
         images: ImageBatch,
         targets: Targets,
-        assignment: HungarianAssignment,
+        assignment: HungarianAssignment | OptimalTransportAssignment,
     ) -> dict[str, Tensor]:
         """Assigns the ground truths anew in each stage and computes the losses.
 

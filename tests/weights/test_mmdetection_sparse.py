@@ -64,9 +64,7 @@ def assert_same(found: Tensor, recorded, name: str) -> None:
     index = np.linspace(0, len(flat) - 1, 64).astype(np.int64)
     near = {"rtol": 0, "atol": 2e-5 * np.abs(stats[2:]).max(), "err_msg": name}
     np.testing.assert_allclose(flat[index], recorded[f"{name}.sample"], **near)
-    np.testing.assert_allclose(
-        [flat.mean(), flat.std(correction=0), flat.min(), flat.max()], stats, **near
-    )
+    np.testing.assert_allclose([flat.mean(), flat.std(correction=0), flat.min(), flat.max()], stats, **near)
 
 
 @torch.no_grad()
