@@ -59,9 +59,9 @@ class OptimalTransportConfig:
     """Lower the supplies of early stages, by 0.5 for every stage that follows."""
     max_share: float = 0.8
     """Largest share of the predictions that the ground truths of an image supply."""
-    epsilon: float = 0.1
+    epsilon: float = 0.02
     """Weight of the entropy in the transport problem, in units of the cost."""
-    iterations: int = 50
+    iterations: int = 60
     """Sinkhorn iterations."""
 
     def build(self, stages: int) -> "OptimalTransportAssignment":
@@ -185,7 +185,7 @@ class OptimalTransportAssignment(nn.Module):
       has it off.
     - No ground truth is promised a prediction: its units may be spread over several that suit it alike, so
       that the background has the larger share of each, as in OTA. ``positives_per_gt`` shows it.
-    - Entropy weight 0.1 and 50 Sinkhorn iterations, as OTA has them.
+    - Entropy weight and Sinkhorn iterations: those of the operator, which leave few predictions contested.
 
     Args:
         config: costs, supplies and the solver.

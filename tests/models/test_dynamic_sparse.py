@@ -102,7 +102,7 @@ def test_one_expert_gives_the_losses_of_sparse_rcnn_bit_for_bit():
 
 def test_positives_do_not_fall_from_stage_to_stage():
     """Where all stages predict the same; k is fixed, so that overlaps play no part."""
-    assignment = OptimalTransportConfig(fixed_k=4, iterations=200)
+    assignment = OptimalTransportConfig(fixed_k=4)
     model = build(replace(WITH_BOTH, assignment=assignment, head=replace(SPARSE.head, stages=6)))
     images, targets = batch()
     output = model.stages(images)[-1]
