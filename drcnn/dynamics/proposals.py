@@ -236,8 +236,13 @@ class WeightGenerator(nn.Module):
 
         Returns:
             Tensor[B, E, N]: logits.
+
+        Raises:
+            ValueError: if there are not 4 levels.
         """
-        first = len(features) - 1 - len(self.steps)
+        if len(features) != 4:
+            raise ValueError(f"the weight generator takes the 4 levels P2 to P5, got {len(features)}")
+        first = 3 - len(self.steps)
         x = features[first]
         for step, level in zip(self.steps, features[first + 1 :], strict=True):
             x = step(x)

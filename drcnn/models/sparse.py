@@ -6,9 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from drcnn.dynamics import (
+    DynamicProposals,
     DynamicProposalsConfig,
+    HungarianAssignment,
     HungarianConfig,
+    LearnedProposals,
     LearnedProposalsConfig,
+    OptimalTransportAssignment,
     OptimalTransportConfig,
 )
 from drcnn.errors import ConfigError
@@ -28,7 +32,11 @@ class SparseTraining(nn.Module):
         assignment: gives each prediction its ground truth.
     """
 
-    def __init__(self, proposals: nn.Module, assignment: nn.Module) -> None:
+    def __init__(
+        self,
+        proposals: LearnedProposals | DynamicProposals,
+        assignment: HungarianAssignment | OptimalTransportAssignment,
+    ) -> None:
         super().__init__()
         self.assignment = assignment
         self._parts = (proposals, assignment)  # a tuple, so that the proposals are not registered twice

@@ -28,6 +28,8 @@ from drcnn.ops.box_iou import overlaps
 from drcnn.ops.shapes import check_shape
 
 _LARGEST = 1e6  # of the costs, which are finite
+_LEAST = 1e-30  # that a supplier counts as shipping, so that its potential stays finite
+_STRIDE = 1.5  # of a move of the potentials, in moves that would satisfy the supplies
 
 
 class OtaAssignment(NamedTuple):
@@ -63,8 +65,8 @@ def ota_assign(
     fixed_k: int = 0,
     unit_offset: float = 0.0,
     max_share: float = 0.8,
-    epsilon: float = 0.1,
-    iterations: int = 50,
+    epsilon: float = 0.02,
+    iterations: int = 60,
 ) -> OtaAssignment:
     """Assigns each prediction to the supplier with the largest share in the optimal transport plan.
 
@@ -189,18 +191,16 @@ def _reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     # One opaque node for torch.compile: the iterations would unroll into hundreds of nodes.
     labels = torch.where(gt_valid, gt_labels, 0)
-    classes = focal_cost(logits, labels, alpha, gamma)
-    geometry = box_cost(boxes, gt_boxes, image_sizes, l1_weight, giou_weight)
-    cost = torch.nan_to_num(class_weight * classes + geometry, _LARGEST).clamp(-_LARGEST, _LARGEST)
+    cost = class_weight * focal_cost(logits, labels, alpha, gamma)
+    cost = cost + box_cost(boxes, gt_boxes, image_sizes, l1_weight, giou_weight)
+    cost = torch.nan_to_num(cost, nan=_LARGEST).clamp(-_LARGEST, _LARGEST)
     supply = gt_supply(overlaps(boxes, gt_boxes), gt_valid, top_q, fixed_k, unit_offset, max_share)
-    potential = sinkhorn(cost, supply, epsilon, iterations)
+    plan = transport_plan(cost, supply, epsilon, iterations)
+    taken_by = plan.argmax(dim=2, keepdim=True)
     gts = cost.shape[2]
-    score = (potential.unsqueeze(1) - F.pad(cost, (0, 1))) / epsilon  # log of the shares, up to a constant
-    best = score.amax(dim=2, keepdim=True)
-    taken_by = score.argmax(dim=2, keepdim=True)
-    others = torch.arange(gts + 1, device=cost.device) != taken_by
-    contests = others & (score >= best - math.log(2.0)) & (score > -math.inf)
-    conflicts = contests[..., :gts].any(dim=2).sum(dim=1)
+    others = torch.arange(gts, device=plan.device) != taken_by
+    contests = others & (plan[..., :gts] >= 0.5 * plan.gather(2, taken_by))
+    conflicts = contests.any(dim=2).sum(dim=1)
     return torch.where(taken_by < gts, taken_by, -1).squeeze(2), supply, conflicts
 
 
@@ -238,24 +238,41 @@ def gt_supply(
     return torch.where(total > most, units * (most / total), units)
 
 
-def sinkhorn(cost: Tensor, supply: Tensor, epsilon: float, iterations: int) -> Tensor:
-    """Returns the potentials [B, G + 1] of the suppliers, of which the last is the background.
+def transport_plan(cost: Tensor, supply: Tensor, epsilon: float, iterations: int) -> Tensor:
+    """Solves the entropic transport problem by Sinkhorn's iterations in the log domain.
+
+    An iteration satisfies the demands, by a softmax over the suppliers, then moves the potential of each
+    supplier by epsilon log(supply / what it ships). epsilon falls by a factor of 100 over the first four
+    fifths of the iterations (Schmitzer, arXiv 1610.06519, section 3.2), and a move is half as long again as
+    it should be, which saves a third of the iterations (Thibault et al., arXiv 1711.01851). The last move is
+    exact: the rows sum to the supplies up to rounding, the columns to 1 as far as the iterations converge.
 
     Args:
         cost (Tensor[B, N, G]): relative to the background.
-        supply (Tensor[B, G]): 0 for padding.
-        epsilon: weight of the entropy.
+        supply (Tensor[B, G]): 0 for padding, below N in all.
+        epsilon: weight of the entropy at the end.
         iterations: their number.
+
+    Returns:
+        Tensor[B, N, G + 1]: the plan; the background is the last supplier.
     """
-    count = cost.shape[1]
-    cost = F.pad(cost, (0, 1))
-    background = count - supply.sum(dim=1, keepdim=True)
-    log_supply = torch.cat([supply, background], dim=1).log()
-    potential = torch.where(log_supply > -math.inf, 0.0, log_supply)
-    for _ in range(iterations):
-        price = -epsilon * torch.logsumexp((potential.unsqueeze(1) - cost) / epsilon, dim=2, keepdim=True)
-        potential = epsilon * (log_supply - torch.logsumexp((price - cost) / epsilon, dim=1))
-    return potential
+    supply = torch.cat([supply, cost.shape[1] - supply.sum(dim=1, keepdim=True)], dim=1).unsqueeze(1)
+    if cost.numel() == 0:
+        return supply.expand(*cost.shape[:2], -1) / max(cost.shape[1], 1)
+    cost = F.pad(cost - cost.amin(dim=1, keepdim=True), (0, 1))
+    potential = torch.where(supply > 0, 0.0, -math.inf)
+    for step in range(iterations):
+        weight = epsilon_at(step, iterations, epsilon)
+        plan = torch.softmax((potential - cost) / weight, dim=2)
+        ratio = supply / plan.sum(dim=1, keepdim=True).clamp(min=_LEAST)
+        potential = potential + (_STRIDE * weight) * ratio.log()
+    return plan * ratio
+
+
+def epsilon_at(step: int, iterations: int, epsilon: float) -> float:
+    """Returns the weight of the entropy in an iteration, which falls from 100 epsilon to epsilon."""
+    steps = iterations * 4 // 5
+    return epsilon * 100.0 ** (1 - step / steps) if step < steps else epsilon
 
 
 @register("ota_assign", "native", requires=("ota_assign",))

@@ -1,6 +1,7 @@
 """Assignment by optimal transport; that by Hungarian matching is tested with Sparse R-CNN."""
 
-from dataclasses import replace
+import inspect
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -52,6 +53,13 @@ def test_last_stage_is_plain_optimal_transport():
     for g in range(2):
         assert (found[-1][0] == g).nonzero().flatten().fmod(3).eq(g).all()
     assert (found[-1] < targets().valid.sum(dim=1, keepdim=True)).all()
+
+
+def test_defaults_are_those_of_the_operator():
+    config = asdict(OptimalTransportConfig())
+    assert config.pop("unit_increasing") is True
+    parameters = inspect.signature(ota_assign).parameters
+    assert config == {name: parameters[name].default for name in config}
 
 
 @pytest.mark.parametrize("stages", [1, 6])

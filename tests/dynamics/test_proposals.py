@@ -113,6 +113,11 @@ def test_levels_that_are_a_pixel_off_are_resized():
     assert boxes.shape == (1, 7, 4) and objects.isfinite().all()
 
 
+def test_another_number_of_levels_is_refused():
+    with pytest.raises(ValueError, match="takes the 4 levels P2 to P5, got 5"):
+        SMALL.build(8)([*pyramid(), torch.zeros(2, 8, 1, 1)])
+
+
 @pytest.mark.parametrize(("staircase", "convolutions"), [(True, 60 * 256), (False, 0)])
 def test_parameters_of_the_generator_are_the_documented_number(staircase, convolutions):
     proposals = DynamicProposalsConfig(staircase=staircase).build(256)
@@ -183,8 +188,13 @@ def test_dynamic_proposals_trace_as_one_graph():
     torch.manual_seed(0)
     proposals, levels = SMALL.build(8), pyramid()
     compiled = torch.compile(proposals, fullgraph=True, backend="aot_eager")
-    for got, expected in zip(compiled(levels), proposals(levels), strict=True):
-        torch.testing.assert_close(got, expected)
+    expected = proposals(levels)
+    gradients = torch.autograd.grad(expected[1].square().sum(), list(proposals.generator.parameters()))
+    for got, wanted in zip(compiled(levels), expected, strict=True):
+        torch.testing.assert_close(got, wanted)
+    compiled(levels)[1].square().sum().backward()
+    for parameter, gradient in zip(proposals.generator.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
     torch.compile(proposals.update, fullgraph=True, backend="aot_eager")()
     assert proposals.iteration.item() == 1
 
