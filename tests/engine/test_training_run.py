@@ -5,13 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from drcnn.config import load_config, to_dict
-from drcnn.data import load_split, train_loader
+from drcnn.data import CropConfig, load_split, train_loader
 from drcnn.engine.checkpoint import load_checkpoint
 from drcnn.engine.trainer import Trainer, iteration_seed
 from drcnn.errors import TrainingError
@@ -20,7 +21,7 @@ from drcnn.train import main
 TEMPLATE = """
 from drcnn import presets
 from drcnn.config import Config
-from drcnn.data import AugmentationConfig, DataConfig, SplitConfig
+from drcnn.data import AugmentationConfig, CropConfig, DataConfig, SplitConfig
 from drcnn.dynamics import DynamicTrainingConfig
 from drcnn.engine.trainer import TrainConfig
 from drcnn.models import AnchorConfig, BoxHeadConfig, FasterRCNNConfig, FPNConfig, ResNetConfig, RPNConfig
@@ -259,6 +260,16 @@ def test_loss_that_is_not_finite_stops_and_names_the_images(tiny, tmp_path, caps
         assert dataset.file_name(index) in error
     assert "--optim.lr" in error
     assert not list(out.glob("checkpoints/*"))
+
+
+def test_training_goes_on_where_crops_leave_images_without_objects(tiny_data, tmp_path):
+    crop = CropConfig(probability=1.0, short_sides=(64,), min_size=12, max_size=12)
+    path = write_config(tmp_path, replace(tiny_data, crop=crop, batch_size=2, max_size=400))
+    assert main([path, "--out", str(tmp_path / "run"), "--optim.iterations", "4"]) == 0
+    data = load_config(path).data
+    batches = train_loader(load_split(data, "train"), data, seed=0, start_step=0, num_steps=4)
+    counts = [int(n) for batch in batches for n in batch.targets.valid.sum(dim=1)]
+    assert 0 in counts and len(records(tmp_path / "run")) == 4
 
 
 def test_gradients_are_clipped_by_the_norm_of_all_weights_together(tiny, tmp_path):
