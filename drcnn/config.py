@@ -23,7 +23,7 @@ from drcnn.engine.optim import OptimConfig
 from drcnn.engine.plain_config import from_dict, to_dict
 from drcnn.engine.trainer import TrainConfig
 from drcnn.errors import ConfigError, DrcnnError
-from drcnn.models import FasterRCNNConfig, FCOSConfig, RetinaNetConfig
+from drcnn.models import FasterRCNNConfig, FCOSConfig, RetinaNetConfig, SparseRCNNConfig
 
 __all__ = [
     "Config",
@@ -50,7 +50,7 @@ _WORDS: dict[Any, str] = {
 class Config:
     """Everything that defines an experiment."""
 
-    model: FasterRCNNConfig | RetinaNetConfig | FCOSConfig
+    model: FasterRCNNConfig | RetinaNetConfig | FCOSConfig | SparseRCNNConfig
     """The detector."""
     data: DataConfig
     """The images and annotations, and how they are prepared."""

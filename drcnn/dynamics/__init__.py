@@ -1,5 +1,7 @@
 """What adapts during training: the state and the rules of dynamic training."""
 
+from drcnn.dynamics.assignment import HungarianAssignment, HungarianConfig
+from drcnn.dynamics.proposals import LearnedProposals, LearnedProposalsConfig
 from drcnn.dynamics.ranks import mean_over_ranks, sum_over_ranks
 from drcnn.dynamics.training import (
     Assignment,
@@ -17,6 +19,10 @@ __all__ = [
     "DynamicTrainingConfig",
     "FixedTraining",
     "FixedTrainingConfig",
+    "HungarianAssignment",
+    "HungarianConfig",
+    "LearnedProposals",
+    "LearnedProposalsConfig",
     "PlainTraining",
     "mean_over_ranks",
     "regression_error",
