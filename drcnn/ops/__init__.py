@@ -3,6 +3,8 @@
 from drcnn.ops.assign_targets import assign_targets, encode_deltas
 from drcnn.ops.backend import BackendError, BackendWarning, backend_status, use_backend
 from drcnn.ops.box_iou import box_iou
+from drcnn.ops.focal_loss import focal_loss
+from drcnn.ops.giou_loss import giou_loss
 from drcnn.ops.hungarian_assign import hungarian_assign
 from drcnn.ops.match_boxes import MatchResult, match_boxes
 from drcnn.ops.nms import NmsResult, nms
@@ -24,7 +26,9 @@ __all__ = [
     "backend_status",
     "box_iou",
     "encode_deltas",
+    "focal_loss",
     "fpn_level",
+    "giou_loss",
     "hungarian_assign",
     "match_boxes",
     "nms",
