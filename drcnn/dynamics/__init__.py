@@ -1,7 +1,12 @@
 """What adapts during training: the state and the rules of dynamic training."""
 
 from drcnn.dynamics.assignment import HungarianAssignment, HungarianConfig
-from drcnn.dynamics.proposals import LearnedProposals, LearnedProposalsConfig
+from drcnn.dynamics.proposals import (
+    DynamicProposals,
+    DynamicProposalsConfig,
+    LearnedProposals,
+    LearnedProposalsConfig,
+)
 from drcnn.dynamics.ranks import mean_over_ranks, sum_over_ranks
 from drcnn.dynamics.training import (
     Assignment,
@@ -15,6 +20,8 @@ from drcnn.dynamics.training import (
 
 __all__ = [
     "Assignment",
+    "DynamicProposals",
+    "DynamicProposalsConfig",
     "DynamicTraining",
     "DynamicTrainingConfig",
     "FixedTraining",
