@@ -1,6 +1,11 @@
 """What adapts during training: the state and the rules of dynamic training."""
 
-from drcnn.dynamics.assignment import HungarianAssignment, HungarianConfig
+from drcnn.dynamics.assignment import (
+    HungarianAssignment,
+    HungarianConfig,
+    OptimalTransportAssignment,
+    OptimalTransportConfig,
+)
 from drcnn.dynamics.proposals import (
     DynamicProposals,
     DynamicProposalsConfig,
@@ -30,6 +35,8 @@ __all__ = [
     "HungarianConfig",
     "LearnedProposals",
     "LearnedProposalsConfig",
+    "OptimalTransportAssignment",
+    "OptimalTransportConfig",
     "PlainTraining",
     "mean_over_ranks",
     "regression_error",

@@ -1,7 +1,8 @@
 """Which ground truth each prediction of Sparse R-CNN trains on.
 
 Sources: Carion et al., "End-to-End Object Detection with Transformers", arXiv 2005.12872, section 3.1; Sun et
-al., "Sparse R-CNN", arXiv 2011.12450, section 3.4.
+al., "Sparse R-CNN", arXiv 2011.12450, section 3.4; Hong et al., "Dynamic Sparse R-CNN", arXiv 2205.02101,
+section 3.2; Ge et al., "OTA: Optimal Transport Assignment for Object Detection", arXiv 2103.14259.
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from drcnn.dynamics.ranks import sum_over_ranks
-from drcnn.ops import box_iou, hungarian_assign
+from drcnn.errors import ConfigError
+from drcnn.ops import box_iou, hungarian_assign, ota_assign
 from drcnn.structures import Targets
 
 
@@ -33,6 +35,38 @@ class HungarianConfig:
     def build(self, stages: int) -> "HungarianAssignment":
         """Makes the assignment of a detector with so many stages."""
         return HungarianAssignment(self, stages)
+
+
+@dataclass(frozen=True)
+class OptimalTransportConfig:
+    """Several predictions for a ground truth, more in later stages: DLA of Dynamic Sparse R-CNN."""
+
+    class_weight: float = 2.0
+    """Factor of the focal loss in the cost."""
+    l1_weight: float = 5.0
+    """Factor of the L1 distance of the boxes, normalised by the size of the image."""
+    giou_weight: float = 2.0
+    """Factor of 1 - GIoU."""
+    alpha: float = 0.25
+    """Focal loss: weight of the class that is there."""
+    gamma: float = 2.0
+    """Focal loss: how fast the weight falls as a score gets right."""
+    top_q: int = 8
+    """A ground truth supplies the sum of this many of its largest IoUs (dynamic k)."""
+    fixed_k: int = 0
+    """Supply of every ground truth; 0 means dynamic k."""
+    unit_increasing: bool = True
+    """Lower the supplies of early stages, by 0.5 for every stage that follows."""
+    max_share: float = 0.8
+    """Largest share of the predictions that the ground truths of an image supply."""
+    epsilon: float = 0.1
+    """Weight of the entropy in the transport problem, in units of the cost."""
+    iterations: int = 50
+    """Sinkhorn iterations."""
+
+    def build(self, stages: int) -> "OptimalTransportAssignment":
+        """Makes the assignment of a detector with so many stages."""
+        return OptimalTransportAssignment(self, stages)
 
 
 class StageStatistics(nn.Module):
@@ -71,14 +105,18 @@ class StageStatistics(nn.Module):
         self.last.copy_(sum_over_ranks(self.counts.clone()))
         self.counts.zero_()
 
-    def metrics(self) -> dict[str, Tensor]:
-        """Returns, for each stage S, ``positives_per_gt_S`` and ``conflicts_S``, the share of predictions."""
-        positives, ground_truths, conflicts, predictions = self.last.unbind(1)
-        shares = {
-            "positives_per_gt": positives / ground_truths.clamp(min=1),
-            "conflicts": conflicts / predictions.clamp(min=1),
-        }
-        return {f"{name}_{s}": value for name, of_all in shares.items() for s, value in enumerate(of_all)}
+    def positives_per_gt(self) -> dict[str, Tensor]:
+        """Returns ``positives_per_gt_S`` of each stage S, counted from 0, as 0-dim tensors."""
+        return by_stage("positives_per_gt", self.last[:, 0] / self.last[:, 1].clamp(min=1))
+
+    def conflict_share(self) -> dict[str, Tensor]:
+        """Returns ``conflict_share_S``, the share of the predictions with a conflict, of each stage S."""
+        return by_stage("conflict_share", self.last[:, 2] / self.last[:, 3].clamp(min=1))
+
+
+def by_stage(name: str, values: Tensor) -> dict[str, Tensor]:
+    """Names the values (Tensor[T]) of the stages, counted from 0."""
+    return {f"{name}_{stage}": value for stage, value in enumerate(values)}
 
 
 class HungarianAssignment(nn.Module):
@@ -126,7 +164,103 @@ class HungarianAssignment(nn.Module):
 
     def metrics(self) -> dict[str, Tensor]:
         """Returns what is logged, as 0-dim tensors on the device."""
-        return self.statistics.metrics()
+        return self.statistics.positives_per_gt()
+
+
+class OptimalTransportAssignment(nn.Module):
+    """Gives each ground truth several predictions by optimal transport (DLA of Dynamic Sparse R-CNN).
+
+    At stage t of T, counted from 1, ground truth i supplies ``max(1, k_i - 0.5 (T - t))`` units. k_i is the
+    sum of its top-q IoUs with that stage's predictions, rounded down and at least 1 (dynamic k), or a fixed
+    number. The background supplies the rest. Each prediction demands one unit, and trains on the supplier
+    with the largest share of it in the plan of :func:`drcnn.ops.ota_assign`.
+
+    The paper leaves open, and here is chosen:
+
+    - Weights of the cost: those of the losses, as in Hungarian matching. The background costs the focal loss
+      without any class.
+    - The order: k_i is rounded down first, then lowered by the stage, then scaled if all together are above
+      ``max_share`` of the predictions. So supplies may be halves, which Sinkhorn takes as they are.
+    - A fixed k is lowered by the stage, too, while ``unit_increasing`` is on; the paper's ablation of fixed k
+      has it off.
+    - Entropy weight 0.1 and 50 Sinkhorn iterations, as OTA has them.
+
+    Args:
+        config: costs, supplies and the solver.
+        stages: T, number of stages.
+
+    Attributes:
+        many_to_one (bool): several predictions may have one ground truth, so that detections need NMS.
+
+    Raises:
+        ConfigError: if a number is out of its range.
+    """
+
+    many_to_one = True
+
+    def __init__(self, config: OptimalTransportConfig, stages: int) -> None:
+        super().__init__()
+        for name, least in (("top_q", 1), ("fixed_k", 0), ("iterations", 1)):
+            if getattr(config, name) < least:
+                raise ConfigError(f"assignment.{name} must be at least {least}, got {getattr(config, name)}")
+        if not 0 < config.max_share < 1:
+            raise ConfigError(f"assignment.max_share must be above 0 and below 1, got {config.max_share}")
+        if not config.epsilon > 0:
+            raise ConfigError(f"assignment.epsilon must be above 0, got {config.epsilon}")
+        self.config = config
+        self.stages = stages
+        self.statistics = StageStatistics(stages)
+
+    @torch.no_grad()
+    def forward(
+        self, logits: Tensor, boxes: Tensor, targets: Targets, image_sizes: Tensor, stage: int
+    ) -> Tensor:
+        """Gives each prediction its ground truth.
+
+        Args:
+            logits (Tensor[B, N, K]): of the classes.
+            boxes (Tensor[B, N, 4]): xyxy in pixels.
+            targets: ground truths.
+            image_sizes (Tensor[B, 2]): height and width of each image without its padding.
+            stage: which stage predicted, counted from 0.
+
+        Returns:
+            Tensor[B, N]: int64 position of the ground truth, -1 for the background.
+        """
+        config = self.config
+        found = ota_assign(
+            logits,
+            boxes,
+            targets.boxes,
+            targets.labels,
+            targets.valid,
+            image_sizes,
+            class_weight=config.class_weight,
+            l1_weight=config.l1_weight,
+            giou_weight=config.giou_weight,
+            alpha=config.alpha,
+            gamma=config.gamma,
+            top_q=config.top_q,
+            fixed_k=config.fixed_k,
+            unit_offset=self.unit_offset(stage),
+            max_share=config.max_share,
+            epsilon=config.epsilon,
+            iterations=config.iterations,
+        )
+        self.statistics.record(stage, found.gt_index, targets.valid, found.conflicts)
+        return found.gt_index
+
+    def unit_offset(self, stage: int) -> float:
+        """Returns by how much supplies are lowered in a stage, which is counted from 0."""
+        return 0.5 * (self.stages - 1 - stage) if self.config.unit_increasing else 0.0
+
+    def update(self) -> None:
+        """Ends an iteration."""
+        self.statistics.update()
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Returns what is logged, as 0-dim tensors on the device: positives per ground truth, conflicts."""
+        return self.statistics.positives_per_gt() | self.statistics.conflict_share()
 
 
 def matching_cost(

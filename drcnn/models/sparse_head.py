@@ -266,8 +266,7 @@ class SparseHead(nn.Module):
         losses = {}
         for s, ((logits, boxes, _), (labels, gt_boxes)) in enumerate(zip(outputs, wanted, strict=True)):
             positive = labels < self.num_classes
-            everything = torch.ones_like(positive)
-            focal = focal_loss(logits, labels, everything, config.alpha, config.gamma)
+            focal = focal_loss(logits, labels, None, config.alpha, config.gamma)
             l1 = smooth_l1(boxes / scale, gt_boxes / scale, 0.0, positive)
             giou = giou_loss(boxes, gt_boxes, positive)
             losses[f"loss_classification_{s}"] = config.class_weight * focal / counts[s]

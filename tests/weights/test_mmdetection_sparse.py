@@ -90,7 +90,7 @@ def test_boxes_of_the_first_and_the_last_stage(model, golden, recorded):
     # Theirs of the last stage are those of the detections, not clipped to the image.
     theirs = torch.from_numpy(recorded["det0.boxes"])
     ours = model.eval().stages(batch)[-1].boxes[0]
-    assert theirs.min() < 0 and (torch.cdist(theirs, ours, p=torch.inf).amin(dim=1) < 1e-3).all()
+    assert theirs.min() < 0 and (torch.cdist(theirs, ours, p=torch.inf).amin(dim=1) < 5e-3).all()
 
 
 def test_losses_and_gradients(model, golden):
