@@ -1,5 +1,17 @@
 """What adapts during training: the state and the rules of dynamic training."""
 
+from drcnn.dynamics.assignment import (
+    HungarianAssignment,
+    HungarianConfig,
+    OptimalTransportAssignment,
+    OptimalTransportConfig,
+)
+from drcnn.dynamics.proposals import (
+    DynamicProposals,
+    DynamicProposalsConfig,
+    LearnedProposals,
+    LearnedProposalsConfig,
+)
 from drcnn.dynamics.ranks import mean_over_ranks, sum_over_ranks
 from drcnn.dynamics.training import (
     Assignment,
@@ -13,10 +25,18 @@ from drcnn.dynamics.training import (
 
 __all__ = [
     "Assignment",
+    "DynamicProposals",
+    "DynamicProposalsConfig",
     "DynamicTraining",
     "DynamicTrainingConfig",
     "FixedTraining",
     "FixedTrainingConfig",
+    "HungarianAssignment",
+    "HungarianConfig",
+    "LearnedProposals",
+    "LearnedProposalsConfig",
+    "OptimalTransportAssignment",
+    "OptimalTransportConfig",
     "PlainTraining",
     "mean_over_ranks",
     "regression_error",

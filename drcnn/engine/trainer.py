@@ -21,7 +21,7 @@ from drcnn.data import Batch, CocoDataset, train_loader
 from drcnn.engine import distributed
 from drcnn.engine.checkpoint import FORMAT, changed_settings, load_checkpoint, save_checkpoint
 from drcnn.engine.evaluator import AMP_TYPES, Metrics, evaluate
-from drcnn.engine.optim import build_optimizer, lr_at, set_lr
+from drcnn.engine.optim import build_optimizer, load_optimizer, lr_at, set_lr
 from drcnn.engine.predictor import draw_predictions
 from drcnn.engine.progress import Display, MetricsFile, memory_mb
 from drcnn.engine.run_config import TrainConfig
@@ -342,10 +342,7 @@ class Trainer:
         iterations = self.config.optim.iterations
         self.changes = changed_settings(state, self.plain_config, self.train_data.categories, iterations)
         self.model.load_state_dict(state["model"])
-        settings = {k: v for k, v in self.optimizer.param_groups[0].items() if k != "params"}
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:
-            group.update(settings)  # this run's, as the checkpoint's came back with its state
+        load_optimizer(self.optimizer, state["optimizer"])
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.window.load_state_dict(state["window"])

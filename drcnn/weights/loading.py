@@ -19,13 +19,15 @@ _DYNAMICS = ("dynamics.",)
 """Beginnings of the names of dynamic training's state, of which other systems' weights have none."""
 
 _LAST_LAYERS = re.compile(
-    r"box_head\.(stages\.\d\.)?(classifier|deltas)\..*|mask_head\.logits\..*|head\.classifier\..*"
+    r"box_head\.(stages\.\d\.)?(classifier|deltas)\..*|mask_head\.logits\..*"
+    r"|head\.(stages\.\d\.)?classifier\..*"
 )
 """Those whose size is the number of classes."""
 
 _CAUSES = {
     "mask_head.": "a mask head",
     "box_head.stages.": "a cascade of box heads",
+    "head.stages.": "Sparse R-CNN's head",
     "box_head.convs.": "convolutions in the box head",
     "rpn.more_convs.": "a second convolution in the RPN",
     "conv_offset": "deformable convolutions",
