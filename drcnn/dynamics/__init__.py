@@ -1,6 +1,7 @@
 """What adapts during training: the state and the rules of dynamic training."""
 
 from drcnn.dynamics.ranks import mean_over_ranks, sum_over_ranks
+from drcnn.dynamics.scale import ScaleTraining, ScaleTrainingConfig, box_area, matched_area
 from drcnn.dynamics.training import (
     Assignment,
     DynamicTraining,
@@ -18,6 +19,10 @@ __all__ = [
     "FixedTraining",
     "FixedTrainingConfig",
     "PlainTraining",
+    "ScaleTraining",
+    "ScaleTrainingConfig",
+    "box_area",
+    "matched_area",
     "mean_over_ranks",
     "regression_error",
     "sum_over_ranks",

@@ -1,10 +1,10 @@
 """The state of a run in one file: written atomically, holding plain types only, loaded with ``weights_only``.
 
-Keys: ``format`` (1), ``drcnn_version``, ``step`` (iterations done), ``model``, ``ema`` (None),
-``optimizer``, ``scaler``, ``rng`` (the seed: data order, augmentation and sampling are pure functions of
-it, the step, the slot and the rank, so no generator's state is needed), ``window`` (running sums of the
-losses since the last log line), ``best``, ``config`` (plain nested dictionaries), ``categories`` (names),
-``category_ids`` (as in the annotation file).
+Keys: ``format`` (1), ``drcnn_version``, ``step`` (iterations done), ``position`` (batches of the stream that
+they took; ``step`` where it is absent), ``model``, ``ema`` (None), ``optimizer``, ``scaler``, ``rng`` (the
+seed: data order, augmentation and sampling are pure functions of it, the position or the step, the slot and
+the rank, so no generator's state is needed), ``window`` (what was measured since the last line),
+``best``, ``config`` (plain nested dictionaries), ``categories`` (names), ``category_ids`` (of the data).
 """
 
 import os
@@ -155,6 +155,8 @@ def changed_settings(
         ConfigError: if the checkpoint is of another model, of other classes or of a later iteration.
     """
     changed = config_differences(state["config"], plain_config)
+    if "scale" not in state["config"]["model"] and plain_config["model"]["scale"]["control"] == "never":
+        changed.pop("model.scale")  # a run from before there were collages had none
     changed = {k: v for k, v in changed.items() if not k.startswith(FREE_TO_CHANGE)}
     for name, (old, new) in changed.items():
         if name.startswith("model."):
