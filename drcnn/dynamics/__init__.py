@@ -1,7 +1,13 @@
 """What adapts during training: the state and the rules of dynamic training."""
 
 from drcnn.dynamics.ranks import mean_over_ranks, sum_over_ranks
-from drcnn.dynamics.scale import ScaleTraining, ScaleTrainingConfig, box_area, matched_area
+from drcnn.dynamics.scale import (
+    ScaleControl,
+    ScaleTraining,
+    ScaleTrainingConfig,
+    box_area,
+    matched_area,
+)
 from drcnn.dynamics.training import (
     Assignment,
     DynamicTraining,
@@ -19,6 +25,7 @@ __all__ = [
     "FixedTraining",
     "FixedTrainingConfig",
     "PlainTraining",
+    "ScaleControl",
     "ScaleTraining",
     "ScaleTrainingConfig",
     "box_area",

@@ -22,6 +22,8 @@ from drcnn.dynamics.ranks import sum_over_ranks
 from drcnn.errors import ConfigError
 from drcnn.structures import Targets
 
+ScaleControl = Literal["feedback", "always", "never", "random"]
+
 _FEEDBACK = {"regression": (0,), "classification": (1,), "both": (0, 1), "input": (2,)}
 """Rows of ``ScaleTraining.sums`` that a feedback adds up."""
 
@@ -34,7 +36,7 @@ class ScaleTrainingConfig:
         ConfigError: if a value cannot be used.
     """
 
-    control: Literal["feedback", "always", "never", "random"] = "feedback"
+    control: ScaleControl = "feedback"
     """What decides on collages: the feedback; or every iteration, none, or every other one at random."""
     feedback: Literal["regression", "classification", "both", "input"] = "regression"
     """Share of small objects in the positives' loss of boxes, of classes, of both; or among all objects."""

@@ -155,8 +155,9 @@ def changed_settings(
         ConfigError: if the checkpoint is of another model, of other classes or of a later iteration.
     """
     changed = config_differences(state["config"], plain_config)
-    if "scale" not in state["config"]["model"] and plain_config["model"]["scale"]["control"] == "never":
-        changed.pop("model.scale")  # a run from before there were collages had none
+    old, new = changed.get("model.scale", (None, {}))
+    if old is None and new.get("control") == "never":  # a run from before there were collages had none
+        changed.pop("model.scale")
     changed = {k: v for k, v in changed.items() if not k.startswith(FREE_TO_CHANGE)}
     for name, (old, new) in changed.items():
         if name.startswith("model."):
