@@ -4,7 +4,7 @@ from drcnn import presets
 from drcnn.config import Config
 
 config = Config(
-    model=presets.for_nuclei(presets.light_faster_rcnn(num_classes=1)),
+    model=presets.light_nucleus_faster_rcnn(),
     data=presets.small_images("data/dsb2018"),
     optim=presets.short_schedule(600),
 )

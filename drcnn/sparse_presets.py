@@ -82,7 +82,7 @@ def light_sparse_rcnn(num_classes: int, proposals: int = 100) -> SparseRCNNConfi
         ResNetConfig("resnet18", norm="gn", frozen_stages=0),
         FPNConfig(channels=64, top="none"),
         LearnedProposalsConfig(proposals),
-        SparseHeadConfig(stages=4, dynamic_channels=16, ffn_channels=256, detections=proposals),
+        SparseHeadConfig(dynamic_channels=16, ffn_channels=256, detections=proposals),
     )
 
 

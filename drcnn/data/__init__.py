@@ -2,6 +2,7 @@
 
 from drcnn.data.bitmasks import BitMasks
 from drcnn.data.coco import CocoDataset, read_coco
+from drcnn.data.collage import Stitcher
 from drcnn.data.config import AugmentationConfig, CropConfig, DataConfig, SplitConfig
 from drcnn.data.image import load_image
 from drcnn.data.loader import Batch, BatchLoader, eval_loader, train_loader
@@ -29,6 +30,7 @@ __all__ = [
     "SkipKind",
     "Split",
     "SplitConfig",
+    "Stitcher",
     "StreamSampler",
     "SyntheticConfig",
     "View",

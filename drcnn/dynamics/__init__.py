@@ -13,6 +13,13 @@ from drcnn.dynamics.proposals import (
     LearnedProposalsConfig,
 )
 from drcnn.dynamics.ranks import mean_over_ranks, sum_over_ranks
+from drcnn.dynamics.scale import (
+    ScaleControl,
+    ScaleTraining,
+    ScaleTrainingConfig,
+    box_area,
+    matched_area,
+)
 from drcnn.dynamics.training import (
     Assignment,
     DynamicTraining,
@@ -38,6 +45,11 @@ __all__ = [
     "OptimalTransportAssignment",
     "OptimalTransportConfig",
     "PlainTraining",
+    "ScaleControl",
+    "ScaleTraining",
+    "ScaleTrainingConfig",
+    "box_area",
+    "matched_area",
     "mean_over_ranks",
     "regression_error",
     "sum_over_ranks",

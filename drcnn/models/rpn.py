@@ -105,7 +105,7 @@ class RPN(nn.Module):
         return (
             proposals,
             valid,
-            self._losses(torch.cat(logits, 1), torch.cat(deltas, 1), torch.cat(anchors), targets),
+            self._losses(torch.cat(logits, 1), torch.cat(deltas, 1), torch.cat(anchors), images, targets),
         )
 
     def _predict(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -141,15 +141,18 @@ class RPN(nn.Module):
         proposals = proposals.gather(1, kept.index.unsqueeze(-1).expand(-1, -1, 4))
         return torch.where(kept.valid.unsqueeze(-1), proposals, 0.0), kept.valid
 
-    def _losses(self, logits: Tensor, deltas: Tensor, anchors: Tensor, targets: Targets) -> dict[str, Tensor]:
+    def _losses(
+        self, logits: Tensor, deltas: Tensor, anchors: Tensor, images: ImageBatch, targets: Targets
+    ) -> dict[str, Tensor]:
         config = self.config
+        samples = config.samples // images.parts
         with torch.no_grad():
             anchors = anchors.expand(len(logits), -1, -1)
             match = match_boxes(anchors, targets.boxes, targets.valid, config.low_quality_iou)
             positive = (match.max_iou >= config.foreground_iou) | match.is_best
             negative = (match.max_iou < config.background_iou) & ~positive
-            most = int(config.samples * config.positive_fraction)
-            index, valid = sample_slots(positive, negative, config.samples, most)
+            most = int(samples * config.positive_fraction)
+            index, valid = sample_slots(positive, negative, samples, most)
             is_object = positive.gather(1, index) & valid
             rows = index.unsqueeze(-1).expand(-1, -1, 4)
             _, wanted = assign_targets(

@@ -14,6 +14,7 @@ from drcnn.dynamics import (
     LearnedProposalsConfig,
     OptimalTransportAssignment,
     OptimalTransportConfig,
+    ScaleTrainingConfig,
 )
 from drcnn.errors import ConfigError
 from drcnn.models.backbone import ResNetConfig
@@ -71,6 +72,8 @@ class SparseRCNNConfig:
     """Dynamic head."""
     assignment: HungarianConfig | OptimalTransportConfig = field(default_factory=HungarianConfig)
     """Which ground truth each prediction trains on."""
+    scale: ScaleTrainingConfig = field(default_factory=lambda: ScaleTrainingConfig("never"))
+    """Policy of the scale of the training images; by default they stay as they are."""
     pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     """Mean of R, G, B in 0..255, subtracted from the images."""
     pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
@@ -89,6 +92,7 @@ class SparseRCNN(nn.Module):
 
     Attributes:
         dynamics (SparseTraining): the assignment, and what of the proposals moves.
+        scale (ScaleTraining): the policy of the images' scale.
 
     Raises:
         ConfigError: if parts do not go together.
@@ -106,6 +110,7 @@ class SparseRCNN(nn.Module):
         self.fpn = config.fpn.build(self.backbone.channels, self.backbone.strides)
         self.proposals = config.proposals.build(self.fpn.channels)
         self.dynamics = SparseTraining(self.proposals, config.assignment.build(config.head.stages))
+        self.scale = config.scale.build()
         head = config.head if self.dynamics.assignment.many_to_one else config.head.without_nms()
         self.head = head.build(self.fpn.channels, self.fpn.strides, config.num_classes)
         self.normalize = PixelNormalization(config.pixel_mean, config.pixel_std)
@@ -128,7 +133,8 @@ class SparseRCNN(nn.Module):
             raise ValueError("a detector in training mode needs targets; call .eval() to detect")
         outputs = self.stages(images)
         if self.training:
-            return self.head.losses(outputs, images, targets, self.dynamics.assignment)
+            self.scale.observe(targets)
+            return self.head.losses(outputs, images, targets, self.dynamics.assignment, self.scale)
         return self.head.detect(outputs[-1], images)
 
     def stages(self, images: ImageBatch) -> list[StageOutput]:

@@ -14,7 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from drcnn.dynamics import HungarianAssignment, OptimalTransportAssignment, mean_over_ranks
+from drcnn.dynamics import (
+    HungarianAssignment,
+    OptimalTransportAssignment,
+    ScaleTraining,
+    matched_area,
+    mean_over_ranks,
+)
 from drcnn.errors import ConfigError
 from drcnn.models.boxes import decode_deltas
 from drcnn.models.dense import keep_best, strongest
@@ -237,6 +243,7 @@ class SparseHead(nn.Module):
         images: ImageBatch,
         targets: Targets,
         assignment: HungarianAssignment | OptimalTransportAssignment,
+        scale: ScaleTraining,
     ) -> dict[str, Tensor]:
         """Assigns the ground truths anew in each stage and computes the losses.
 
@@ -245,34 +252,60 @@ class SparseHead(nn.Module):
             images: the batch, for the sizes of its images.
             targets: ground truths.
             assignment: gives each prediction its ground truth.
+            scale: records the losses by the objects' areas.
 
         Returns:
             dict: for each stage S ``loss_classification_S`` (focal loss of all predictions), ``loss_l1_S``
             and ``loss_giou_S`` (of the positives' boxes), weighted and divided by the number of positives,
             averaged over the ranks.
         """
-        config = self.config
-        wanted = [
-            _wanted(
-                assignment(out.logits.detach(), out.boxes.detach(), targets, images.sizes, s),
-                targets,
-                self.num_classes,
-            )
-            for s, out in enumerate(outputs)
+        matches = [
+            assignment(out.logits.detach(), out.boxes.detach(), targets, images.sizes, stage)
+            for stage, out in enumerate(outputs)
         ]
-        positives = torch.stack([(labels < self.num_classes).sum() for labels, _ in wanted])
+        positives = torch.stack([(gt_index >= 0).sum() for gt_index in matches])
         counts = mean_over_ranks(positives.float()).clamp(min=1)
-        scale = images.sizes.flip(1).repeat(1, 2).unsqueeze(1)
         losses = {}
-        for s, ((logits, boxes, _), (labels, gt_boxes)) in enumerate(zip(outputs, wanted, strict=True)):
-            positive = labels < self.num_classes
-            focal = focal_loss(logits, labels, None, config.alpha, config.gamma)
-            l1 = smooth_l1(boxes / scale, gt_boxes / scale, 0.0, positive)
-            giou = giou_loss(boxes, gt_boxes, positive)
-            losses[f"loss_classification_{s}"] = config.class_weight * focal / counts[s]
-            losses[f"loss_l1_{s}"] = config.l1_weight * l1 / counts[s]
-            losses[f"loss_giou_{s}"] = config.giou_weight * giou / counts[s]
+        for stage, (output, gt_index) in enumerate(zip(outputs, matches, strict=True)):
+            found = self._stage_losses(output, gt_index, counts[stage], images.sizes, targets, scale)
+            losses |= {f"{name}_{stage}": value for name, value in found.items()}
         return losses
+
+    def _stage_losses(
+        self,
+        output: StageOutput,
+        gt_index: Tensor,
+        count: Tensor,
+        sizes: Tensor,
+        targets: Targets,
+        scale: ScaleTraining,
+    ) -> dict[str, Tensor]:
+        """The losses of one stage, whose predictions have the ground truths at ``gt_index``, -1 for none."""
+        config = self.config
+        labels, gt_boxes = _wanted(gt_index, targets, self.num_classes)
+        unit = sizes.flip(1).repeat(1, 2).unsqueeze(1)
+
+        def class_loss(chosen: Tensor | None) -> Tensor:
+            return config.class_weight * focal_loss(output.logits, labels, chosen, config.alpha, config.gamma)
+
+        def l1_loss(chosen: Tensor) -> Tensor:
+            return config.l1_weight * smooth_l1(output.boxes / unit, gt_boxes / unit, 0.0, chosen)
+
+        def overlap_loss(chosen: Tensor) -> Tensor:
+            return config.giou_weight * giou_loss(output.boxes, gt_boxes, chosen)
+
+        positive = gt_index >= 0
+        scale.record(
+            matched_area(targets, gt_index),
+            positive,
+            regression=lambda chosen: (l1_loss(chosen) + overlap_loss(chosen)) / count,
+            classification=lambda chosen: class_loss(chosen) / count,
+        )
+        return {
+            "loss_classification": class_loss(None) / count,
+            "loss_l1": l1_loss(positive) / count,
+            "loss_giou": overlap_loss(positive) / count,
+        }
 
     def detect(self, output: StageOutput, images: ImageBatch) -> Detections:
         """Keeps the best pairs of a proposal and a class after NMS by class.

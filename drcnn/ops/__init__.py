@@ -3,6 +3,7 @@
 from drcnn.ops.assign_targets import assign_targets, encode_deltas
 from drcnn.ops.backend import BackendError, BackendWarning, backend_status, use_backend
 from drcnn.ops.box_iou import box_iou
+from drcnn.ops.collage import Cell, collage, collage_cells
 from drcnn.ops.focal_loss import focal_loss
 from drcnn.ops.giou_loss import giou_loss
 from drcnn.ops.hungarian_assign import hungarian_assign
@@ -17,6 +18,7 @@ from drcnn.ops.topk_statistics import TopkStatistics, topk_statistics
 __all__ = [
     "BackendError",
     "BackendWarning",
+    "Cell",
     "MatchResult",
     "NmsResult",
     "OtaAssignment",
@@ -25,6 +27,8 @@ __all__ = [
     "assign_targets",
     "backend_status",
     "box_iou",
+    "collage",
+    "collage_cells",
     "encode_deltas",
     "focal_loss",
     "fpn_level",

@@ -15,7 +15,8 @@ from drcnn.weights.sources import OWN, differing_settings, recognise, system_of
 _COUNTER = "num_batches_tracked"
 """Batch norm's counter: frozen and group norm have none, and nothing that we compute reads it."""
 
-_DYNAMICS = ("dynamics.",)
+_SCALE = ("scale.",)
+_DYNAMICS = ("dynamics.", *_SCALE)
 """Beginnings of the names of dynamic training's state, of which other systems' weights have none."""
 
 _LAST_LAYERS = re.compile(
@@ -136,7 +137,7 @@ def load_weights(
         report, tensors = LoadReport(OWN), read.tensors
         if not dynamics:
             tensors = {n: t for n, t in tensors.items() if not n.startswith(_DYNAMICS)}
-        optional = () if dynamics else _DYNAMICS
+        optional = _SCALE if dynamics else _DYNAMICS  # our first weights have no state of the scale
     else:
         report, tensors = _recognised(model, read)
         optional = _DYNAMICS

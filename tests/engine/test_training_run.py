@@ -96,7 +96,7 @@ def test_run_folder_holds_all(unbroken):
     first = records(run)[0]
     assert {"loss", "loss_rpn_objectness", "loss_rpn_box", "loss_classification", "loss_box"} <= first.keys()
     assert {"iou_threshold", "beta", "grad_norm", "lr", "epoch", "time_per_step", "memory_mb"} <= first.keys()
-    parts = sum(v for k, v in first.items() if k.startswith("loss_"))
+    parts = sum(v for k, v in first.items() if k.startswith("loss_") and "share" not in k)
     assert first["loss"] == pytest.approx(parts, rel=1e-6)
     assert first["epoch"] == pytest.approx(4 / 12)
     assert [(r["step"], r["split"]) for r in records(run, evaluations=True)] == [(20, "val"), (20, "test")]

@@ -106,7 +106,7 @@ def test_positives_do_not_fall_from_stage_to_stage():
     model = build(replace(WITH_BOTH, assignment=assignment, head=replace(SPARSE.head, stages=6)))
     images, targets = batch()
     output = model.stages(images)[-1]
-    model.head.losses([output] * 6, images, targets, model.dynamics.assignment)
+    model.head.losses([output] * 6, images, targets, model.dynamics.assignment, model.scale)
     model.dynamics.update()
     metrics = model.dynamics.metrics()
     positives = [metrics[f"positives_per_gt_{stage}"].item() for stage in range(6)]

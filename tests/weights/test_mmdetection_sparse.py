@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from drcnn.dynamics import HungarianConfig, LearnedProposalsConfig
+from drcnn.dynamics import HungarianConfig, LearnedProposalsConfig, ScaleTraining
 from drcnn.dynamics.assignment import matching_cost
 from drcnn.models import SparseHeadConfig, SparseRCNNConfig
 from drcnn.models.sparse import to_pixels
@@ -135,7 +135,7 @@ def test_costs_and_assignment(golden):
 def test_losses_of_given_predictions(golden):
     given, batch = predictions(golden), golden.batch(2)
     head = SparseHeadConfig(stages=1).build(16, (4, 8, 16, 32), num_classes=80)
-    losses = head.losses([given], batch, targets_of(golden), HungarianConfig().build(1))
+    losses = head.losses([given], batch, targets_of(golden), HungarianConfig().build(1), ScaleTraining())
     values, ops = (
         json.loads((golden.folder / "ops.json").read_text()),
         np.load(golden.folder / "ops.npz"),
