@@ -25,12 +25,12 @@ struct OtaRule {
 
 // The focal loss of a logit whose class is the label, less that of one whose class is not. NaN for NaN.
 DRCNN_HOST_DEVICE float ota_focal_cost(float logit, float alpha, float gamma) {
-  const float tail = natural_log(1.0f + exp_of_negative(logit < 0 ? logit : -logit));
-  const float negative = (logit > 0 ? logit : 0.0f) + tail;  // -log(1 - p)
-  const float positive = (logit < 0 ? -logit : 0.0f) + tail;  // -log p
+  const float tail = log_of_normal(1.0f + exp_of_negative(-fabsf(logit)));
+  const float negative = not_negative(logit) + tail;   // -log(1 - p)
+  const float positive = not_negative(-logit) + tail;  // -log p
   const float hit = alpha * exp_of_negative(-gamma * negative) * positive;
   const float miss = (1.0f - alpha) * exp_of_negative(-gamma * positive) * negative;
-  return logit == logit ? hit - miss : logit;
+  return hit - miss;
 }
 
 DRCNN_HOST_DEVICE float ota_distance(float x, float y) { return x < y ? y - x : x - y; }
