@@ -19,7 +19,7 @@ struct OtaRule {
   int64_t top_q;
   float fixed_k, unit_offset;
   double max_share;
-  double epsilon;
+  float epsilon;
   int64_t iterations;
 };
 
@@ -64,9 +64,10 @@ DRCNN_HOST_DEVICE float ota_scale(float total, int64_t count, const OtaRule& rul
 
 // The weight of the entropy in an iteration, which falls from 100 epsilon to epsilon.
 DRCNN_HOST_DEVICE float ota_epsilon_at(int64_t step, const OtaRule& rule) {
+  constexpr float kLogHundred = 4.60517019f;
   const int64_t steps = rule.iterations * 4 / 5;
-  if (step >= steps) return static_cast<float>(rule.epsilon);
-  return static_cast<float>(rule.epsilon * pow(100.0, 1.0 - static_cast<double>(step) / static_cast<double>(steps)));
+  if (step >= steps) return rule.epsilon;
+  return 100.0f * rule.epsilon * exp_of_negative(-kLogHundred * static_cast<float>(step) / static_cast<float>(steps));
 }
 
 // How far the potential of a supplier moves to ship what it has; the last move is exact.
