@@ -95,6 +95,16 @@ def light_dynamic_proposals(detector: SparseRCNNConfig) -> SparseRCNNConfig:
     return dynamic_proposals(detector, anneal_iterations=200)
 
 
+def light_dynamic_sparse_rcnn(num_classes: int, proposals: int = 100) -> SparseRCNNConfig:
+    """Dynamic Sparse R-CNN that trains from scratch on a CPU: the light Sparse R-CNN with DLA and DPG.
+
+    Args:
+        num_classes: object classes, without the background.
+        proposals: of an image, and at most that many detections.
+    """
+    return dynamic_assignment(light_dynamic_proposals(light_sparse_rcnn(num_classes, proposals)))
+
+
 def coco_sparse(root: str = "data/coco") -> DataConfig:
     """COCO 2017 as for DETR: short side 480 to 800 in steps of 32, long side at most 1333, random crops.
 
