@@ -21,108 +21,117 @@ struct Rows {
   int64_t classes;
 };
 
-// Some kept rows, all of their columns, or some columns of one row.
+// Rows that the mask keeps, as many as fit into a block, with all of their columns; or some columns of one row.
+template <typename T, typename A = accumulate_t<T>>
 struct Tile {
-  const int64_t* rows;
-  int64_t count;
-  int64_t column;
+  const Rows<T>& rows;
+  int64_t next_row;
+  int64_t end_row;
+  int64_t kept[kBlock];  // numbers of the rows
+  int64_t count = 0;
+  int64_t column = 0;
   int64_t columns;
+  alignas(64) A z[kBlock];
 
-  int64_t size() const { return count * columns; }
-  bool is_one_piece(int64_t classes) const {
-    return columns == classes && rows[count - 1] - rows[0] == count - 1;
+  inline __attribute__((always_inline)) Tile(const Rows<T>& rows_, int64_t begin, int64_t end)
+      : rows(rows_), next_row(begin), end_row(end), columns(rows_.classes) {}
+
+  // Goes on to the next rows or columns; false behind the last.
+  inline __attribute__((always_inline)) bool advance() {
+    column += columns;
+    if (count == 0 || column >= rows.classes) {
+      const int64_t most = std::max<int64_t>(kBlock / rows.classes, 1);
+      column = count = 0;
+      for (; next_row < end_row && count < most; ++next_row) {
+        if (rows.mask == nullptr || rows.mask[next_row]) kept[count++] = next_row;
+      }
+    }
+    columns = std::min(kBlock, rows.classes - column);
+    return count > 0;
+  }
+
+  // Number of the first logit of a kept row among all logits.
+  inline __attribute__((always_inline)) int64_t start(int64_t i) const {
+    return kept[i] * rows.classes + column;
+  }
+
+  // Where in z the class of a kept row is; -1 for the background and for a class in other columns.
+  inline __attribute__((always_inline)) int64_t class_place(int64_t i) const {
+    const int64_t place = rows.labels[kept[i]] - column;
+    return place >= 0 && place < columns ? i * columns + place : -1;
+  }
+
+  // Rows that follow each other are one piece.
+  inline __attribute__((always_inline)) int64_t pieces() const {
+    return columns == rows.classes && kept[count - 1] - kept[0] == count - 1 ? 1 : count;
+  }
+
+  inline __attribute__((always_inline)) int64_t padded() const {
+    return (count * columns + kLanes - 1) / kLanes * kLanes;
+  }
+
+  // Fills z with the logits, negated for the class of a row.
+  inline __attribute__((always_inline)) void load() {
+    const int64_t size = count * columns, piece = size / pieces();
+    for (int64_t i = 0; i * piece < size; ++i) {
+      const T* source = rows.logits + start(i);
+      for (int64_t c = 0; c < piece; ++c) z[i * piece + c] = static_cast<A>(source[c]);
+    }
+    for (int64_t i = size; i < padded(); ++i) z[i] = A(0);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t place = class_place(i);
+      if (place >= 0) z[place] = -z[place];
+    }
   }
 };
 
-// Calls visit(tile) until all rows of begin..end that the mask keeps have been in one.
-template <typename T, typename Visit>
-inline __attribute__((always_inline)) void for_each_tile(const Rows<T>& rows, int64_t begin, int64_t end,
-                                                         const Visit& visit) {
-  int64_t kept[kBlock];
-  const int64_t most = std::max<int64_t>(kBlock / rows.classes, 1);
-  for (int64_t row = begin; row < end;) {
-    int64_t count = 0;
-    for (; row < end && count < most; ++row) {
-      if (rows.mask == nullptr || rows.mask[row]) kept[count++] = row;
-    }
-    if (count == 0) return;
-    for (int64_t column = 0; column < rows.classes; column += kBlock) {
-      visit(Tile{kept, count, column, std::min(kBlock, rows.classes - column)});
-    }
-  }
-}
-
-// Calls visit(row, index) for each row of a tile whose class is among its columns; index counts within the tile.
-template <typename T, typename Visit>
-inline __attribute__((always_inline)) void for_each_class(const Rows<T>& rows, const Tile& tile,
-                                                          const Visit& visit) {
-  for (int64_t i = 0; i < tile.count; ++i) {
-    const int64_t place = rows.labels[tile.rows[i]] - tile.column;
-    if (place >= 0 && place < tile.columns) visit(tile.rows[i], i * tile.columns + place);
-  }
-}
-
-template <typename T, typename A>
-inline __attribute__((always_inline)) void load_tile(const Rows<T>& rows, const Tile& tile, A* z) {
-  const bool one_piece = tile.is_one_piece(rows.classes);
-  const int64_t pieces = one_piece ? 1 : tile.count, length = tile.size() / pieces;
-  for (int64_t i = 0; i < pieces; ++i) {
-    const T* source = rows.logits + tile.rows[i] * rows.classes + tile.column;
-    for (int64_t c = 0; c < length; ++c) z[i * length + c] = static_cast<A>(source[c]);
-  }
-  for_each_class(rows, tile, [&](int64_t, int64_t index) { z[index] = -z[index]; });
-}
-
-template <bool kSquare, typename T, typename A>
+template <bool kSquare, typename T, typename A = accumulate_t<T>>
 inline __attribute__((always_inline)) double sum_chunk(const Rows<T>& rows, int64_t begin, int64_t end,
                                                        const FocalWeights<A>& weights) {
-  alignas(64) A values[kBlock];
-  double total = 0;
-  for_each_tile(rows, begin, end, [&](const Tile& tile) {
-    load_tile(rows, tile, values);
-    const int64_t size = tile.size(), padded = (size + kLanes - 1) / kLanes * kLanes;
-    for (int64_t i = size; i < padded; ++i) values[i] = A(0);
-    for (int64_t i = 0; i < padded; ++i) values[i] = focal_value<kSquare>(values[i], weights.gamma);
-    for (int64_t i = size; i < padded; ++i) values[i] = A(0);
-    double there = 0;
-    for_each_class(rows, tile, [&](int64_t, int64_t index) {
-      there += values[index];
-      values[index] = A(0);
-    });
+  Tile<T> tile(rows, begin, end);
+  const A gamma = weights.gamma;
+  double there = 0, absent = 0;
+  while (tile.advance()) {
+    tile.load();
+    const int64_t padded = tile.padded();
+    for (int64_t i = 0; i < padded; ++i) tile.z[i] = focal_value<kSquare>(tile.z[i], gamma);
+    for (int64_t i = tile.count * tile.columns; i < padded; ++i) tile.z[i] = A(0);
+    for (int64_t i = 0; i < tile.count; ++i) {
+      const int64_t place = tile.class_place(i);
+      if (place < 0) continue;
+      there += tile.z[place];
+      tile.z[place] = A(0);
+    }
     A lanes[kLanes] = {};
     for (int64_t i = 0; i < padded; i += kLanes) {
-      for (int64_t l = 0; l < kLanes; ++l) lanes[l] += values[i + l];
+      for (int64_t l = 0; l < kLanes; ++l) lanes[l] += tile.z[i + l];
     }
-    double absent = 0;
     for (int64_t l = 0; l < kLanes; ++l) absent += lanes[l];
-    total += weights.there * there + weights.absent * absent;
-  });
-  return total;
+  }
+  return weights.there * there + weights.absent * absent;
 }
 
-template <bool kSquare, typename T, typename A>
+template <bool kSquare, typename T, typename A = accumulate_t<T>>
 inline __attribute__((always_inline)) void grad_chunk(A grad, const Rows<T>& rows, int64_t begin, int64_t end,
                                                       const FocalWeights<A>& weights, T* out) {
-  alignas(64) A slopes[kBlock];
-  const A there = -(grad * weights.there), absent = grad * weights.absent;
+  Tile<T> tile(rows, begin, end);
+  const A gamma = weights.gamma, there = -(grad * weights.there), absent = grad * weights.absent;
   for (int64_t row = begin; rows.mask != nullptr && row < end; ++row) {
     if (!rows.mask[row]) std::fill_n(out + row * rows.classes, rows.classes, static_cast<T>(0.0f));
   }
-  for_each_tile(rows, begin, end, [&](const Tile& tile) {
-    load_tile(rows, tile, slopes);
-    const int64_t padded = (tile.size() + kLanes - 1) / kLanes * kLanes;
-    for (int64_t i = tile.size(); i < padded; ++i) slopes[i] = A(0);
-    for (int64_t i = 0; i < padded; ++i) slopes[i] = focal_slope<kSquare>(slopes[i], weights.gamma);
-    const bool one_piece = tile.is_one_piece(rows.classes);
-    const int64_t pieces = one_piece ? 1 : tile.count, length = tile.size() / pieces;
-    for (int64_t i = 0; i < pieces; ++i) {
-      T* target = out + tile.rows[i] * rows.classes + tile.column;
-      for (int64_t c = 0; c < length; ++c) target[c] = static_cast<T>(absent * slopes[i * length + c]);
+  while (tile.advance()) {
+    tile.load();
+    for (int64_t i = 0; i < tile.padded(); ++i) tile.z[i] = focal_slope<kSquare>(tile.z[i], gamma);
+    const int64_t size = tile.count * tile.columns, piece = size / tile.pieces();
+    for (int64_t i = 0; i * piece < size; ++i) {
+      T* target = out + tile.start(i);
+      for (int64_t c = 0; c < piece; ++c) target[c] = static_cast<T>(absent * tile.z[i * piece + c]);
     }
-    for_each_class(rows, tile, [&](int64_t row, int64_t index) {
-      out[row * rows.classes + rows.labels[row]] = static_cast<T>(there * slopes[index]);
-    });
-  });
+    for (int64_t i = 0; i < tile.count; ++i) {
+      const int64_t place = tile.class_place(i);
+      if (place >= 0) out[tile.start(i) + place - i * tile.columns] = static_cast<T>(there * tile.z[place]);
+    }
+  }
 }
 
 // target_clones wants plain functions, hence one pair for each type.

@@ -4,8 +4,9 @@
 // from exp(-|z|), which never overflows, and has no branch, so that CPU loops over it vectorize.
 #pragma once
 
+#include <bit>
 #include <cmath>
-#include <cstring>
+#include <limits>
 
 #include "portable.h"
 
@@ -42,12 +43,9 @@ DRCNN_HOST_DEVICE float exp_of_negative(float a) {
   p = p * r + 1.66666655e-1f;
   p = p * r + 5.00000012e-1f;
   p = r * r * p + r + 1.0f;
-  uint32_t bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  bits = (bits + 127u) << 23;  // 2^whole: the low bits of `shifted` are the whole number
-  float power;
-  std::memcpy(&power, &bits, sizeof power);
-  return a > kMost ? 0.0f : p * power;
+  // 2^whole: the low bits of `shifted` are the whole number.
+  const uint32_t power = a > kMost ? 0 : (std::bit_cast<uint32_t>(shifted) + 127) << 23;
+  return p * std::bit_cast<float>(power);
 #endif
 }
 
@@ -84,12 +82,13 @@ DRCNN_HOST_DEVICE Sigmoid<float> sigmoid_of(float z) {
           logarithm + (positive ? 0.0f : -z)};
 }
 
-// sigmoid^gamma. By its logarithm, it is as exact for a sigmoid near 0 as for any other.
+// sigmoid^gamma. By its logarithm, it is as exact for a sigmoid near 0 as for any other; for gamma 0 it is 1, even
+// where that is infinite.
 template <bool kSquare, typename A>
 DRCNN_HOST_DEVICE A focal_power(const Sigmoid<A>& sigmoid, A gamma) {
   if constexpr (kSquare) return sigmoid.value * sigmoid.value;
-  const A power = exp_of_negative(gamma * sigmoid.softplus_of_negative);
-  return gamma > A(0) ? power : A(1);
+  const A most = std::numeric_limits<A>::max(), exponent = sigmoid.softplus_of_negative;
+  return exp_of_negative(gamma * (exponent < most ? exponent : most));
 }
 
 // The loss without alpha; kSquare tells that gamma is 2.
