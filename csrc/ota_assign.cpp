@@ -15,7 +15,7 @@ namespace drcnn {
 namespace {
 
 constexpr int64_t kLanes = 16;
-constexpr int64_t kBlock = 64;          // predictions, of which a row of each supplier is worked on at once
+constexpr int64_t kBlock = 4 * kLanes;  // predictions, of which a row of each supplier is worked on at once
 constexpr int64_t kSharedPairs = 1024;  // below this a second thread costs more than it saves
 
 // The predictions of one image as columns, padded to whole blocks.
@@ -93,9 +93,10 @@ DRCNN_CPU_CLONES void ship_block(const float* cost, int64_t stride, int64_t supp
   for (int64_t s = 0; s < suppliers; ++s) {
     const float* share = shares + s * kBlock;
     float* lanes = shipped + s * kLanes;
-    for (int64_t n = 0; n < kBlock; n += kLanes) {
 #pragma GCC ivdep
-      for (int64_t l = 0; l < kLanes; ++l) lanes[l] += share[n + l] * sum[n + l];
+    for (int64_t l = 0; l < kLanes; ++l) {
+      lanes[l] += (share[l] * sum[l] + share[l + kLanes] * sum[l + kLanes]) +
+                  (share[l + 2 * kLanes] * sum[l + 2 * kLanes] + share[l + 3 * kLanes] * sum[l + 3 * kLanes]);
     }
   }
 }

@@ -19,18 +19,18 @@ struct OtaRule {
   int64_t top_q;
   float fixed_k, unit_offset;
   double max_share;
-  double epsilon;
+  float epsilon;
   int64_t iterations;
 };
 
 // The focal loss of a logit whose class is the label, less that of one whose class is not. NaN for NaN.
 DRCNN_HOST_DEVICE float ota_focal_cost(float logit, float alpha, float gamma) {
-  const float tail = natural_log(1.0f + exp_of_negative(logit < 0 ? logit : -logit));
-  const float negative = (logit > 0 ? logit : 0.0f) + tail;  // -log(1 - p)
-  const float positive = (logit < 0 ? -logit : 0.0f) + tail;  // -log p
+  const float tail = log_of_normal(1.0f + exp_of_negative(-fabsf(logit)));
+  const float negative = not_negative(logit) + tail;   // -log(1 - p)
+  const float positive = not_negative(-logit) + tail;  // -log p
   const float hit = alpha * exp_of_negative(-gamma * negative) * positive;
   const float miss = (1.0f - alpha) * exp_of_negative(-gamma * positive) * negative;
-  return logit == logit ? hit - miss : logit;
+  return hit - miss;
 }
 
 DRCNN_HOST_DEVICE float ota_distance(float x, float y) { return x < y ? y - x : x - y; }
@@ -64,9 +64,10 @@ DRCNN_HOST_DEVICE float ota_scale(float total, int64_t count, const OtaRule& rul
 
 // The weight of the entropy in an iteration, which falls from 100 epsilon to epsilon.
 DRCNN_HOST_DEVICE float ota_epsilon_at(int64_t step, const OtaRule& rule) {
+  constexpr float kLogHundred = 4.60517019f;
   const int64_t steps = rule.iterations * 4 / 5;
-  if (step >= steps) return static_cast<float>(rule.epsilon);
-  return static_cast<float>(rule.epsilon * pow(100.0, 1.0 - static_cast<double>(step) / static_cast<double>(steps)));
+  if (step >= steps) return rule.epsilon;
+  return 100.0f * rule.epsilon * exp_of_negative(-kLogHundred * static_cast<float>(step) / static_cast<float>(steps));
 }
 
 // How far the potential of a supplier moves to ship what it has; the last move is exact.

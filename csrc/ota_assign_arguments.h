@@ -16,7 +16,7 @@ inline OtaRule ota_rule(double class_weight, double l1_weight, double giou_weigh
   return {static_cast<float>(class_weight), static_cast<float>(l1_weight), static_cast<float>(giou_weight),
           static_cast<float>(alpha),        static_cast<float>(gamma),     top_q,
           static_cast<float>(fixed_k),      static_cast<float>(unit_offset), max_share,
-          epsilon,                          iterations};
+          static_cast<float>(epsilon),      iterations};
 }
 
 struct OtaArguments {
