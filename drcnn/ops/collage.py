@@ -15,20 +15,20 @@ Implementations: PyTorch here, C++ and CUDA in ``csrc/collage.{h,cpp,cu}``, Trit
 ``kernels/collage.py``. The native and the Triton operators have one schema, in the namespaces ``drcnn`` and
 ``drcnn_triton``::
 
-    collage(Tensor[] images, Tensor[] sizes, int[] cells, int height, int width, int mode, float[] fill)
-        -> Tensor
+    collage(Tensor[] images, Tensor[] sizes, int[] cells, SymInt height, SymInt width, int mode,
+            float[] fill) -> Tensor
 
 ``cells`` holds the numbers of `collage_cells`, four for each component.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from drcnn.ops.backend import implementation, register
+from drcnn.ops.backend import implementation, native_defines, register
 from drcnn.ops.shapes import check_shape
 
 CollageMode = Literal["nearest", "bilinear"]
@@ -223,3 +223,45 @@ def _reference(
         )
         canvas[:, :, top : top + high, left : left + wide] = torch.where(has_content, drawn, background)
     return canvas
+
+
+@register("collage", "native", requires=("collage",))
+def _native(*arguments: Any) -> Tensor:
+    return torch.ops.drcnn.collage(*arguments)
+
+
+@register("collage", "triton")
+def _triton(*arguments: Any) -> Tensor:
+    return torch.ops.drcnn_triton.collage(*arguments)
+
+
+torch.library.define(
+    "drcnn_triton::collage",
+    "(Tensor[] images, Tensor[] sizes, int[] cells, SymInt height, SymInt width, int mode, float[] fill)"
+    " -> Tensor",
+)
+
+
+# Triton is imported when a kernel runs: it is slow to import and absent where nobody asked for it.
+@torch.library.impl("drcnn_triton::collage", ("cpu", "cuda"))
+def _triton_collage(*arguments: Any) -> Tensor:
+    from drcnn.kernels import collage as kernels
+
+    return kernels.collage(*arguments)
+
+
+def _fake(
+    images: Sequence[Tensor],
+    sizes: Sequence[Tensor],
+    cells: Sequence[int],
+    height: int,
+    width: int,
+    mode: int,
+    fill: Sequence[float],
+) -> Tensor:
+    return images[0].new_empty((*images[0].shape[:2], height, width))
+
+
+torch.library.register_fake("drcnn_triton::collage", _fake)
+if native_defines("collage"):
+    torch.library.register_fake("drcnn::collage", _fake)
