@@ -11,12 +11,16 @@ import torch
 import torch.distributed as dist
 
 from drcnn import presets
+from drcnn.dynamics import ScaleTrainingConfig
 from drcnn.models import FCOSHeadConfig, FPNConfig, RetinaNetHeadConfig
 from drcnn.models.dense import focal_loss, strongest
 from drcnn.models.fcos import boxes_around, centerness_of
 from drcnn.structures import ImageBatch, Targets
 
-RETINANET, FCOS = presets.light_retinanet(num_classes=3), presets.light_fcos(num_classes=3)
+RETINANET, FCOS = (
+    presets.scale_training(detector(num_classes=3), ScaleTrainingConfig(feedback="both"))
+    for detector in (presets.light_retinanet, presets.light_fcos)
+)
 BOTH = pytest.mark.parametrize("config", [RETINANET, FCOS], ids=["retinanet", "fcos"])
 
 

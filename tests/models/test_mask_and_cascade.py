@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.ops import roi_align
 
 from drcnn import presets
-from drcnn.dynamics import DynamicTrainingConfig, FixedTrainingConfig
+from drcnn.dynamics import DynamicTrainingConfig, FixedTrainingConfig, ScaleTrainingConfig
 from drcnn.errors import ConfigError
 from drcnn.models import BoxHeadConfig, CascadeHeadConfig, FasterRCNNConfig, mask_head
 from drcnn.models.boxes import decode_deltas
@@ -24,6 +24,7 @@ MASK = replace(
     rpn=replace(MASK.rpn, pre_nms=200, post_nms=100, test_pre_nms=100, test_post_nms=50),
     box_head=replace(MASK.box_head, channels=32, samples=64, score_threshold=0.0, detections=150),
     mask_head=replace(MASK.mask_head, channels=16),
+    scale=ScaleTrainingConfig(feedback="both"),
 )
 DYNAMIC_MASK = replace(presets.dynamic(MASK), training=DynamicTrainingConfig(iou_top_k=5, error_top_k=2))
 CASCADE_MASK = replace(MASK, box_head=CascadeHeadConfig(replace(MASK.box_head, class_agnostic=True)))

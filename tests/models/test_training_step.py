@@ -9,7 +9,7 @@ import torch
 
 import drcnn
 from drcnn import presets
-from drcnn.dynamics import DynamicTrainingConfig, FixedTrainingConfig
+from drcnn.dynamics import DynamicTrainingConfig, FixedTrainingConfig, ScaleTrainingConfig
 from drcnn.ops import backend_status, use_backend
 from drcnn.structures import ImageBatch, Targets
 
@@ -18,6 +18,7 @@ FASTER = replace(
     FASTER,
     rpn=replace(FASTER.rpn, pre_nms=200, post_nms=100, test_pre_nms=100, test_post_nms=50),
     box_head=replace(FASTER.box_head, channels=32, samples=64),
+    scale=ScaleTrainingConfig(feedback="both"),
 )
 DYNAMIC = replace(presets.dynamic(FASTER), training=DynamicTrainingConfig(iou_top_k=5, error_top_k=2))
 
@@ -68,6 +69,7 @@ def test_compiled_step_records_the_statistics():
     torch.compile(model, fullgraph=True, backend="aot_eager")(*batch())
     assert model.dynamics.sums[1].item() == 2
     assert model.dynamics.sums[0].item() > 0
+    assert model.scale.sums[2].sum().item() == 4 and (model.scale.sums[:2].sum(dim=1) > 0).all()
 
 
 FORBIDDEN = {"item", "tolist", "cpu", "numpy", "nonzero", "masked_select", "argwhere", "synchronize"}
@@ -183,6 +185,7 @@ def test_evaluation_records_nothing_and_pads_detections():
     scores = torch.where(detections.valid, detections.scores, 0.0)
     assert (scores[:, :-1] >= scores[:, 1:]).all()
     assert not model.dynamics.sums.any() and not model.dynamics.iteration.any()
+    assert not model.scale.sums.any()
     right = detections.boxes[1][detections.valid[1]]
     assert right[:, 2].max() <= 100 and right[:, 3].max() <= 90
 
@@ -221,6 +224,7 @@ def test_training_step_never_waits_for_the_gpu(config):
             optimizer.zero_grad()
             sum(losses.values()).backward()
             optimizer.step()
+            model.scale.decide()
             model.dynamics.update()
         finally:
             torch.cuda.set_sync_debug_mode(before)
