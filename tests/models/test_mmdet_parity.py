@@ -75,7 +75,7 @@ def config_of(name: str, max_positive: int | None = None) -> FasterRCNNConfig:
     if name == "cascade_rcnn":
         stage = replace(box, class_agnostic=True, delta_weights=MMDET_DELTA_WEIGHTS[0])
         cascade = CascadeHeadConfig(stage, delta_weights=MMDET_DELTA_WEIGHTS, average="logits")
-        return FasterRCNNConfig(rpn=replace(rpn, post_nms=2000), box_head=cascade)
+        return FasterRCNNConfig(rpn=replace(rpn, post_nms=2000, allowed_border=0.0), box_head=cascade)
     # Its box losses are L1, which SmoothL1 becomes as beta goes to 0.
     config = FasterRCNNConfig(rpn=replace(rpn, beta=1e-6), box_head=box, mask_head=MaskHeadConfig())
     return replace(config, training=replace(config.training, beta=1e-6))
@@ -240,12 +240,9 @@ def test_losses_of_the_whole_detector(golden):
     expected = recorded_losses(golden, golden.values["loss_full"])
     assert losses.keys() == expected.keys()
     for name, value in expected.items():
-        # MMDetection's Cascade R-CNN does not train on anchors that cross the border of the image.
-        if golden.name == "mask_rcnn" or "rpn" not in name:
-            assert losses[name].item() == pytest.approx(value, rel=1e-4), name
+        assert losses[name].item() == pytest.approx(value, rel=1e-4), name
     sum(losses.values()).backward()
-    beginning = "" if golden.name == "mask_rcnn" else "roi_head"
-    assert_gradients(model, golden.values["loss_full_grad_norm"], beginning)
+    assert_gradients(model, golden.values["loss_full_grad_norm"], "")
 
 
 def test_losses_of_the_box_heads_on_given_proposals(golden):
