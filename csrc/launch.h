@@ -37,6 +37,15 @@ __device__ A block_sum(A value) {
   return value;
 }
 
+// The second stage of a sum: one block adds what the blocks of the first have written.
+template <int kThreads, typename A>
+__global__ void __launch_bounds__(kThreads) sum_partial_kernel(const A* partial, int count, A* out) {
+  A sum = 0;
+  for (int i = threadIdx.x; i < count; i += kThreads) sum += partial[i];
+  sum = block_sum<kThreads>(sum);
+  if (threadIdx.x == 0) *out = sum;
+}
+
 // Four neighbouring values that are loaded and stored at once.
 template <typename T>
 struct alignas(sizeof(T) >= 4 ? 16 : 8) Four {

@@ -38,14 +38,6 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x == 0) partial[blockIdx.x] = sum;
 }
 
-template <typename A>
-__global__ void __launch_bounds__(kThreads) sum_partial_kernel(const A* partial, int count, A* out) {
-  A sum = 0;
-  for (int i = threadIdx.x; i < count; i += kThreads) sum += partial[i];
-  sum = block_sum<kThreads>(sum);
-  if (threadIdx.x == 0) *out = sum;
-}
-
 template <typename T, bool kAligned>
 __global__ void __launch_bounds__(kThreads)
     smooth_l1_bwd_kernel(const accumulate_t<T>* grad_pointer, const T* pred, const T* target,
@@ -93,8 +85,8 @@ Tensor smooth_l1_fwd_cuda(const Tensor& pred_, const Tensor& target_, const Tens
         pred, target, beta.const_data_ptr<A>(), args.mask_pointer(), args.boxes, partial.mutable_data_ptr<A>());
     STD_CUDA_KERNEL_LAUNCH_CHECK();
     if (blocks == 1) return;
-    sum_partial_kernel<A><<<1, kThreads, 0, stream>>>(partial.const_data_ptr<A>(), static_cast<int>(blocks),
-                                                      out.mutable_data_ptr<A>());
+    sum_partial_kernel<kThreads><<<1, kThreads, 0, stream>>>(
+        partial.const_data_ptr<A>(), static_cast<int>(blocks), out.mutable_data_ptr<A>());
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   });
   return out;

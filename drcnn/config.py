@@ -6,7 +6,6 @@ A config file is Python that builds one object named ``config``. It is executed:
 import contextlib
 import dataclasses
 import difflib
-import importlib
 import io
 import runpy
 import traceback
@@ -21,9 +20,21 @@ import tyro
 from drcnn.command import one_line
 from drcnn.data import DataConfig
 from drcnn.engine.optim import OptimConfig
+from drcnn.engine.plain_config import from_dict, to_dict
 from drcnn.engine.trainer import TrainConfig
 from drcnn.errors import ConfigError, DrcnnError
-from drcnn.models import FasterRCNNConfig, FCOSConfig, RetinaNetConfig
+from drcnn.models import FasterRCNNConfig, FCOSConfig, RetinaNetConfig, SparseRCNNConfig
+
+__all__ = [
+    "Config",
+    "apply_overrides",
+    "describe_type",
+    "flags",
+    "from_dict",
+    "load_config",
+    "print_field_help",
+    "to_dict",
+]
 
 _MARKERS = (tyro.conf.AvoidSubcommands,)
 _WORDS: dict[Any, str] = {
@@ -39,7 +50,7 @@ _WORDS: dict[Any, str] = {
 class Config:
     """Everything that defines an experiment."""
 
-    model: FasterRCNNConfig | RetinaNetConfig | FCOSConfig
+    model: FasterRCNNConfig | RetinaNetConfig | FCOSConfig | SparseRCNNConfig
     """The detector."""
     data: DataConfig
     """The images and annotations, and how they are prepared."""
@@ -205,55 +216,3 @@ def print_field_help(config: Config | None, program: str) -> None:
     default = config or Config(model=FasterRCNNConfig(), data=tyro.MISSING)
     with contextlib.suppress(SystemExit):
         tyro.cli(Config, default=default, args=["--help"], prog=program, config=_MARKERS, description="")
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """Turns a config into plain nested types for json and checkpoints; ``_type`` names each dataclass."""
-    plain: dict[str, Any] = {"_type": f"{type(config).__module__}.{type(config).__qualname__}"}
-    for item in dataclasses.fields(config):
-        plain[item.name] = _plain(getattr(config, item.name), item.name)
-    return plain
-
-
-def _plain(value: Any, name: str) -> Any:
-    if dataclasses.is_dataclass(value):
-        return to_dict(value)
-    if isinstance(value, (tuple, list)):
-        return [_plain(v, name) for v in value]
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    kind = type(value).__name__
-    raise ConfigError(f"the config field {name} holds a {kind}; use numbers, text, tuples and dataclasses")
-
-
-def from_dict(plain: dict[str, Any]) -> Any:
-    """Rebuilds the config that :func:`to_dict` wrote. Only dataclasses of drcnn are built; no code is run.
-
-    Raises:
-        ConfigError: if a type or a field is not known to this version of drcnn.
-    """
-    path = plain.get("_type") if isinstance(plain, dict) else None
-    module, _, kind_name = str(path).rpartition(".")
-    if module != "drcnn" and not module.startswith("drcnn."):
-        raise ConfigError(f"a stored config names the type {path!r}, which is not one of drcnn")
-    try:
-        kind = getattr(importlib.import_module(module), kind_name)
-    except (ImportError, AttributeError):
-        raise ConfigError(f"a stored config names {path}, which this drcnn does not have") from None
-    if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
-        raise ConfigError(f"a stored config names {path}, which is not a config of drcnn")
-    fields = {f.name for f in dataclasses.fields(kind)}
-    values = {k: v for k, v in plain.items() if k != "_type"}
-    for name in values:
-        if name not in fields:
-            raise ConfigError(f"a stored config sets {path}.{name}, which this drcnn does not have")
-    try:
-        return kind(**{k: _typed(v) for k, v in values.items()})
-    except TypeError as error:
-        raise ConfigError(f"a stored config of {path} is incomplete: {one_line(error)}") from None
-
-
-def _typed(value: Any) -> Any:
-    if isinstance(value, dict):
-        return from_dict(value)
-    return tuple(_typed(v) for v in value) if isinstance(value, list) else value

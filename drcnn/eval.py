@@ -19,6 +19,7 @@ from drcnn.engine import distributed
 from drcnn.engine.countdown import Countdown
 from drcnn.engine.evaluator import Metrics, detect, evaluate, evaluate_results
 from drcnn.engine.predictor import Predictor
+from drcnn.engine.stages import at_each_stage, stages_table
 from drcnn.errors import ConfigError, DataError
 from drcnn.loading import read_state, restore, restore_config
 
@@ -27,6 +28,9 @@ DESCRIPTION = (
     "Evaluates a trained detector on a split of its data, or scores a file of COCO-format results. "
     "Every field of the run's config is a flag as well, such as --data.root FOLDER."
 )
+
+Evaluation = tuple[Metrics | None, list[dict]]
+"""Numbers, if there are annotations to score against, and COCO-format results."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class EvalArguments:
     """Folder for metrics_SPLIT.json and results_SPLIT.json; RUN/eval if empty."""
     batch_size: int = 4
     """Images per forward, on each process."""
+    stages: bool = False
+    """Evaluate each stage of Cascade or Sparse R-CNN as if it were the last, and show AP by stage."""
     results: str = ""
     """Score this json file of COCO-format results instead of running a detector; needs --annotations."""
     annotations: str = ""
@@ -74,10 +80,10 @@ def main(argv: list[str]) -> int:
         dataset = open_split(config, arguments.split, state, file)
         predictor = restore(state, config, str(file), device=device)
         say(f"{file}: step {state['step']}, {arguments.split} split of {len(dataset)} images")
-        metrics, results = run(predictor, dataset, config, arguments)
+        found = run(predictor, dataset, config, arguments)
         if distributed.is_main():
             record = {"checkpoint": str(file), "step": state["step"], "split": arguments.split}
-            write(out_folder(arguments, file), arguments.split, record, metrics, results)
+            write(out_folder(arguments, file), arguments.split, record, found)
     return 0
 
 
@@ -129,28 +135,42 @@ def open_split(config: Config, split: str, state: dict, file: Path) -> CocoDatas
 
 def run(
     predictor: Predictor, dataset: CocoDataset, config: Config, arguments: EvalArguments
-) -> tuple[Metrics | None, list[dict]]:
-    """Runs the detector; without annotations there are results but no metrics."""
-    with Countdown(f"eval {arguments.split}", silent=not distributed.is_main()) as progress:
-        options = dict(
-            device=predictor.device,
-            batch_size=arguments.batch_size,
-            amp=config.train.amp,
-            progress=progress,
-        )
-        if dataset.has_annotations:
-            return evaluate(predictor.model, dataset, config.data, **options)
-        return None, detect(predictor.model, dataset, config.data, **options)
+) -> list[Evaluation]:
+    """Runs the detector, once for each of its stages if these are asked for; the last is the whole."""
+    if arguments.stages and not dataset.has_annotations:
+        raise ConfigError(f"--stages scores by annotations, and the {arguments.split} split has none")
+
+    def evaluation() -> Evaluation:
+        with Countdown(f"eval {arguments.split}", silent=not distributed.is_main()) as progress:
+            options = dict(
+                device=predictor.device,
+                batch_size=arguments.batch_size,
+                amp=config.train.amp,
+                progress=progress,
+            )
+            if dataset.has_annotations:
+                return evaluate(predictor.model, dataset, config.data, **options)
+            return None, detect(predictor.model, dataset, config.data, **options)
+
+    return at_each_stage(predictor.model, evaluation) if arguments.stages else [evaluation()]
 
 
-def write(folder: Path, split: str, record: dict, metrics: Metrics | None, results: list[dict]) -> None:
-    """Prints the table and writes the metrics and the COCO-format results."""
+def write(folder: Path, split: str, record: dict, found: list[Evaluation]) -> None:
+    """Prints the tables and writes the metrics and the COCO-format results."""
+    metrics, results = found[-1]
     written = [write_json(folder, f"results_{split}.json", results)]
     if metrics is None:
         say(f"the {split} split has no annotations: results are written, but not scored")
     else:
-        Console(soft_wrap=True).print(metrics.table())
-        written.append(write_json(folder, f"metrics_{split}.json", {**record, **metrics.to_dict()}))
+        console = Console(soft_wrap=True)
+        console.print(metrics.table())
+        stages = {}
+        if len(found) > 1:
+            by_stage = [of_stage for of_stage, _ in found]
+            console.print("", stages_table(by_stage))
+            stages = {"stages": [of_stage.flat() for of_stage in by_stage]}
+        content = {**record, **metrics.to_dict(), **stages}
+        written.append(write_json(folder, f"metrics_{split}.json", content))
     say(f"written: {', '.join(map(str, written))}")
 
 

@@ -4,9 +4,10 @@ Numbers are those of Dynamic R-CNN (arXiv 2004.06002, section 5.1) unless said o
 """
 
 from dataclasses import replace
+from typing import TypeVar
 
 from drcnn.data import VOC_CLASSES, DataConfig, SplitConfig, SyntheticConfig
-from drcnn.dynamics import DynamicTrainingConfig
+from drcnn.dynamics import DynamicTrainingConfig, ScaleControl, ScaleTrainingConfig
 from drcnn.engine.optim import OptimConfig
 from drcnn.models import (
     AnchorConfig,
@@ -21,9 +22,12 @@ from drcnn.models import (
     RetinaNetConfig,
     RetinaNetHeadConfig,
     RPNConfig,
+    SparseRCNNConfig,
 )
 from drcnn.models.backbone import ResNetName
 from drcnn.models.retinanet import SCALES
+
+Detector = TypeVar("Detector", FasterRCNNConfig, RetinaNetConfig, FCOSConfig, SparseRCNNConfig)
 
 ITERATIONS_1X = 90_000
 MILESTONES_1X = (60_000, 80_000)
@@ -76,6 +80,26 @@ def dynamic(detector: FasterRCNNConfig, training: DynamicTrainingConfig | None =
     return replace(detector, training=training, rpn=replace(detector.rpn, nms=0.85))
 
 
+def scale_training(detector: Detector, scale: ScaleTrainingConfig | None = None) -> Detector:
+    """Turns on dynamic scale training (DST, arXiv 2004.12432): collages where small objects get little loss.
+
+    Args:
+        detector: any detector.
+        scale: the policy. Default: the paper's, with the regression loss as feedback.
+    """
+    return replace(detector, scale=scale or ScaleTrainingConfig())
+
+
+def nucleus_scale(control: ScaleControl = "feedback") -> ScaleTrainingConfig:
+    """Scale training on dsb2018: nuclei are small and medium in proportion to 256 pixels instead of 800.
+
+    Args:
+        control: what decides on collages.
+    """
+    small, medium = (32 * 256 / 800) ** 2, (96 * 256 / 800) ** 2
+    return ScaleTrainingConfig(control, small_area=small, medium_area=medium)
+
+
 def coco(root: str = "data/coco") -> DataConfig:
     """COCO 2017: short side 800, long side at most 1333, flips left to right, 16 images a step.
 
@@ -100,6 +124,19 @@ def coco_multi_scale(root: str = "data/coco") -> DataConfig:
         root: folder with ``annotations``, ``train2017`` and ``val2017``.
     """
     return replace(coco(root), short_sides=(400, 600, 800, 1000, 1200), max_size=1400)
+
+
+def multi_scale(data: DataConfig, shortest: int, longest: int, step: int = 100) -> DataConfig:
+    """The same data, trained at short sides from a range; the maximum of the long side grows in proportion.
+
+    Args:
+        data: the data set, at one scale.
+        shortest: least short side in pixels.
+        longest: greatest short side in pixels.
+        step: distance between two short sides in pixels.
+    """
+    short_sides = tuple(range(shortest, longest + 1, step))
+    return replace(data, short_sides=short_sides, max_size=data.max_size * longest // max(data.short_sides))
 
 
 def small_images(root: str, batch_size: int = 4) -> DataConfig:
@@ -190,6 +227,11 @@ def light_mask_rcnn(num_classes: int) -> FasterRCNNConfig:
     return replace(
         light_faster_rcnn(num_classes), mask_head=MaskHeadConfig(channels=64, convs=2, sampling_ratio=2)
     )
+
+
+def light_nucleus_faster_rcnn() -> FasterRCNNConfig:
+    """`light_nucleus_mask_rcnn` without masks."""
+    return replace(light_nucleus_mask_rcnn(), mask_head=None)
 
 
 def light_nucleus_mask_rcnn() -> FasterRCNNConfig:

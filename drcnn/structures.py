@@ -17,18 +17,22 @@ class ImageBatch(NamedTuple):
     Attributes:
         tensor (Tensor[B, 3, H, W]): RGB values in 0..255, uint8 or floating point.
         sizes (Tensor[B, 2]): int64 height and width of each image without its padding.
+        parts (int): images that the area of a usual one is shared by, which share its samples too; more than
+            1 in collages along the batch dimension.
     """
 
     tensor: Tensor
     sizes: Tensor
+    parts: int = 1
 
     def to(self, device: torch.device | str) -> "ImageBatch":
         """Copies the batch to ``device``; asynchronous when the source is pinned memory."""
-        return ImageBatch(*(t.to(device, non_blocking=True) for t in self))
+        tensor, sizes = (t.to(device, non_blocking=True) for t in self[:2])
+        return ImageBatch(tensor, sizes, self.parts)
 
     def pin_memory(self) -> "ImageBatch":
         """Copies the batch to page-locked memory."""
-        return ImageBatch(*(t.pin_memory() for t in self))
+        return ImageBatch(self.tensor.pin_memory(), self.sizes.pin_memory(), self.parts)
 
 
 class Targets(NamedTuple):

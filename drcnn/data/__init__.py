@@ -2,7 +2,8 @@
 
 from drcnn.data.bitmasks import BitMasks
 from drcnn.data.coco import CocoDataset, read_coco
-from drcnn.data.config import AugmentationConfig, DataConfig, SplitConfig
+from drcnn.data.collage import Stitcher
+from drcnn.data.config import AugmentationConfig, CropConfig, DataConfig, SplitConfig
 from drcnn.data.image import load_image
 from drcnn.data.loader import Batch, BatchLoader, eval_loader, train_loader
 from drcnn.data.padding import canvas_ladder, pad_images, pad_targets
@@ -23,11 +24,13 @@ __all__ = [
     "BatchLoader",
     "BitMasks",
     "CocoDataset",
+    "CropConfig",
     "DataConfig",
     "Segmentation",
     "SkipKind",
     "Split",
     "SplitConfig",
+    "Stitcher",
     "StreamSampler",
     "SyntheticConfig",
     "View",

@@ -34,6 +34,33 @@ class BitMasks(NamedTuple):
         masks = torch.zeros((num_images * num_slots, height, width), dtype=torch.bool, device=pixels.device)
         return masks.index_copy_(0, self.slots, pixels).view(num_images, num_slots, height, width)
 
+    def moved(self, places: Tensor) -> "BitMasks":
+        """Returns the masks in other slots.
+
+        Args:
+            places (Tensor[slots]): int64 new slot of each slot, on the masks' device; -1 leaves a mask out.
+        """
+        slots = places[self.slots]
+        stays = slots >= 0
+        return BitMasks(self.bits[stays], slots[stays])
+
+    def draw(self, canvas: Tensor, own_width: int, top: int, left: int, height: int, width: int) -> None:
+        """Draws the masks, scaled as images are by ``drcnn.ops.collage`` in its mode "nearest".
+
+        Args:
+            canvas (Tensor[slots, H, W]): bool, on the device of the bits; drawn on, without a wait.
+            own_width (int): width of the masks in pixels.
+            top (int): first row to draw in.
+            left (int): first column to draw in.
+            height (int): rows to draw.
+            width (int): columns to draw.
+        """
+        rows = _nearest(self.bits.shape[1], height, self.bits.device)
+        columns = _nearest(own_width, width, self.bits.device)
+        eight = self.bits.index_select(1, rows).index_select(2, columns // 8)
+        pixels = ((eight >> (7 - columns % 8).to(torch.uint8)) & 1).bool()
+        canvas[:, top : top + height, left : left + width].index_copy_(0, self.slots, pixels)
+
     def to(self, device: torch.device | str) -> "BitMasks":
         """Copies the masks to ``device``; asynchronous when the source is pinned memory."""
         return BitMasks(*(t.to(device, non_blocking=True) for t in self))
@@ -41,6 +68,11 @@ class BitMasks(NamedTuple):
     def pin_memory(self) -> "BitMasks":
         """Copies the masks to page-locked memory."""
         return BitMasks(*(t.pin_memory() for t in self))
+
+
+def _nearest(length: int, pixels: int, device: torch.device) -> Tensor:
+    """Which of ``length`` pixels the centre of each of ``pixels`` lies in that cover the same: int64."""
+    return (2 * torch.arange(pixels, device=device) + 1) * length // (2 * pixels)
 
 
 def pack_masks(masks: np.ndarray) -> Tensor:

@@ -86,6 +86,39 @@ class AugmentationConfig:
 
 
 @dataclass(frozen=True)
+class CropConfig:
+    """Random crop before an image is resized, as in DETR (arXiv 2005.12872, section A.4).
+
+    A crop of a drawn height and width is taken at a drawn place of the image, whose shorter side is scaled
+    to a drawn length for this. Objects without any area in the crop are dropped.
+
+    Raises:
+        ConfigError: if a value cannot be used.
+    """
+
+    probability: float = 0.5
+    """Probability of cropping a training image."""
+    short_sides: tuple[int, ...] = (400, 500, 600)
+    """Lengths in pixels that the shorter side of the image is scaled to; one is drawn for each image."""
+    min_size: int = 384
+    """Least height and width of a crop in pixels of the scaled image, or all of a shorter side."""
+    max_size: int = 600
+    """Greatest height and width of a crop in pixels of the scaled image."""
+
+    def __post_init__(self) -> None:
+        """Checks the ranges of the numbers."""
+        if not 0.0 <= self.probability <= 1.0:
+            raise ConfigError(f"data.crop.probability is between 0 and 1, got {self.probability}")
+        if not self.short_sides or min(self.short_sides) < 1:
+            raise ConfigError(f"data.crop.short_sides must be lengths in pixels, got {self.short_sides}")
+        if not 1 <= self.min_size <= self.max_size:
+            raise ConfigError(
+                "data.crop.min_size must be at least 1 and at most data.crop.max_size, "
+                f"got {self.min_size} and {self.max_size}"
+            )
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """The data of a run.
 
@@ -115,6 +148,8 @@ class DataConfig:
     """Greatest length in pixels of the longer image side outside training."""
     test_augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     """Scales and flips of every evaluation and prediction, of which the detections are merged."""
+    crop: CropConfig | None = None
+    """Random crop of training images before they are resized; None for none."""
     hflip: float = 0.5
     """Probability of flipping a training image left to right."""
     vflip: float = 0.0

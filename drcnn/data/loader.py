@@ -120,7 +120,8 @@ class _Examples(Dataset):
             segmentations = None
             if dataset.packed_segmentations is not None:
                 segmentations = [s for s, keep in zip(dataset.segmentations(index), own, strict=True) if keep]
-            image, resized, drawn = augment(array, boxes, config, generator, segmentations)
+            image, resized, drawn, kept = augment(array, boxes, config, generator, segmentations)
+            labels = labels[torch.from_numpy(kept)]
             masks = None if drawn is None else pack_masks(drawn)
         return _Example(image, resized, labels, index, size, more_views, masks)
 

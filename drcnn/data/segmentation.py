@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from faster_coco_eval.core import mask as rle
 
+from drcnn.data.crop import Window
 from drcnn.data.problems import Problems
 from drcnn.data.records import AnnotationTable, ImageTable
 
@@ -33,29 +34,32 @@ class Segmentation(NamedTuple):
     polygons: list[np.ndarray]
     counts: bytes = b""
 
-    def draw(self, size: tuple[int, int]) -> np.ndarray:
-        """Draws the mask at the size that its image is scaled to.
+    def draw(self, size: tuple[int, int], window: Window | None = None) -> np.ndarray:
+        """Draws the mask at the size that its image, or a window of it, is scaled to.
 
         Polygons are scaled, each axis by its own factor, and then drawn as COCO does. Run lengths are
         decoded and then sampled at the pixels nearest to the scaled ones' centres.
 
         Args:
             size (tuple[int, int]): height and width in pixels.
+            window (Window | None): part of the image to draw; None for all of it.
 
         Returns:
             np.ndarray[h, w]: bool.
         """
+        window = window or Window(0, 0, *self.size)
         if self.polygons:
-            return self._draw_polygons(size)
-        mask = rle.decode({"size": list(self.size), "counts": self.counts}).astype(bool)
-        if size == self.size:
+            return self._draw_polygons(size, window)
+        decoded = rle.decode({"size": list(self.size), "counts": self.counts})
+        mask = window.cut_image(decoded.astype(bool))
+        if size == mask.shape:
             return mask
-        rows, columns = (_nearest(old, new) for old, new in zip(self.size, size, strict=True))
+        rows, columns = (_nearest(old, new) for old, new in zip(mask.shape, size, strict=True))
         return mask[rows[:, None], columns]
 
-    def _draw_polygons(self, size: tuple[int, int]) -> np.ndarray:
-        scale = np.array([size[1] / self.size[1], size[0] / self.size[0]])
-        scaled = [polygon * scale for polygon in self.polygons]
+    def _draw_polygons(self, size: tuple[int, int], window: Window) -> np.ndarray:
+        scale = np.array([size[1] / window.width, size[0] / window.height])
+        scaled = [(polygon - (window.left, window.top)) * scale for polygon in self.polygons]
         # Drawn in the part of the image that they touch, with a pixel around: most objects are small.
         low = np.floor(np.min([polygon.min(axis=0) for polygon in scaled], axis=0)).astype(int) - 1
         high = np.ceil(np.max([polygon.max(axis=0) for polygon in scaled], axis=0)).astype(int) + 1

@@ -1,10 +1,10 @@
 """The state of a run in one file: written atomically, holding plain types only, loaded with ``weights_only``.
 
-Keys: ``format`` (1), ``drcnn_version``, ``step`` (iterations done), ``model``, ``ema`` (None),
-``optimizer``, ``scaler``, ``rng`` (the seed: data order, augmentation and sampling are pure functions of
-it, the step, the slot and the rank, so no generator's state is needed), ``window`` (running sums of the
-losses since the last log line), ``best``, ``config`` (plain nested dictionaries), ``categories`` (names),
-``category_ids`` (as in the annotation file).
+Keys: ``format`` (1), ``drcnn_version``, ``step`` (iterations done), ``position`` (batches of the stream that
+they took; ``step`` where it is absent), ``model``, ``ema`` (None), ``optimizer``, ``scaler``, ``rng`` (the
+seed: data order, augmentation and sampling are pure functions of it, the position or the step, the slot and
+the rank, so no generator's state is needed), ``window`` (what was measured since the last line),
+``best``, ``config`` (plain nested dictionaries), ``categories`` (names), ``category_ids`` (of the data).
 """
 
 import os
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from drcnn.engine.plain_config import complete
 from drcnn.errors import ConfigError, TrainingError, WeightsError
 
 FORMAT = 1
@@ -34,6 +35,9 @@ FREE_TO_CHANGE = (
     "train.pictures",
 )
 """Settings that a resumed run may change without a word: they do not change how the weights move."""
+
+FIXED = ("model.", "optim.optimizer")
+"""Settings that a resumed run cannot change: its state would not fit."""
 
 
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
@@ -152,12 +156,12 @@ def changed_settings(
         iterations (int): its last iteration.
 
     Raises:
-        ConfigError: if the checkpoint is of another model, of other classes or of a later iteration.
+        ConfigError: if the checkpoint is of another model, optimizer or classes, or of a later iteration.
     """
-    changed = config_differences(state["config"], plain_config)
+    changed = config_differences(complete(state["config"]), plain_config)
     changed = {k: v for k, v in changed.items() if not k.startswith(FREE_TO_CHANGE)}
     for name, (old, new) in changed.items():
-        if name.startswith("model."):
+        if name.startswith(FIXED):
             raise ConfigError(f"cannot resume: the run was trained with {name} {old}, and now it is {new}")
     if list(state["categories"]) != list(categories):
         raise ConfigError(

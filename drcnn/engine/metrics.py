@@ -105,7 +105,7 @@ class Metrics:
             table = Table(show_edge=False, pad_edge=False)
             for name in names:
                 table.add_column(name, justify="right", min_width=5)
-            table.add_row(*(_format(self.summary[name]) for name in names))
+            table.add_row(*(format_value(self.summary[name]) for name in names))
             parts.append(table)
         kinds = {"AP": self.per_class, **self.voc_per_class}
         columns = 3 if len(self.per_class) > 12 and len(kinds) == 1 else 1
@@ -115,7 +115,7 @@ class Metrics:
             for kind in kinds:
                 table.add_column(kind, justify="right", min_width=5)
         cells = [
-            (name, *(_format(values.get(name, UNDEFINED)) for values in kinds.values()))
+            (name, *(format_value(values.get(name, UNDEFINED)) for values in kinds.values()))
             for name in self.per_class
         ]
         for start in range(0, len(cells), columns):
@@ -125,7 +125,9 @@ class Metrics:
         return Group(title, *(part for table in (*parts, table) for part in ("", table)), *masks)
 
 
-def _format(value: float) -> str:
+def format_value(value: float) -> str:
+    """Writes a number of :class:`Metrics` with three digits; an undefined one reads "n/a"."""
+    """Writes a number of :class:`Metrics` with three digits; an undefined one is "n/a"."""
     return "n/a" if value == UNDEFINED else f"{value:.3f}"
 
 

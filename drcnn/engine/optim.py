@@ -1,26 +1,33 @@
-"""SGD and its schedule: the learning rate is a pure function of the iteration and of the batch."""
+"""SGD, AdamW and their schedule: the learning rate is a pure function of the iteration and of the batch."""
 
 import math
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from drcnn.errors import ConfigError
 
+_NAMES = {"sgd": "SGD", "adamw": "AdamW"}
+
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """SGD with a linear warm-up and steps, as in Dynamic R-CNN section 4.1 (its 1x schedule)."""
+    """Linear warm-up and steps; by default SGD as in Dynamic R-CNN section 4.1 (its 1x schedule)."""
 
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """SGD with momentum, or Adam with decoupled weight decay (arXiv 1711.05101)."""
     lr: float = 0.02
     """Learning rate for `reference_batch` images a step; scaled linearly to the actual batch."""
     reference_batch: int = 16
     """Number of images a step that `lr` is meant for."""
     momentum: float = 0.9
-    """Momentum of SGD."""
+    """Momentum of SGD; AdamW has `betas` instead."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of AdamW's running means of the gradient and of its square."""
     weight_decay: float = 1e-4
-    """L2 penalty on every trained weight."""
+    """Decay of every trained weight: an L2 penalty in SGD, decoupled from the gradient in AdamW."""
     warmup_iterations: int = 500
     """Iterations over which the learning rate rises linearly to its full value; 0 for none."""
     warmup_factor: float = 1 / 3
@@ -42,6 +49,8 @@ class OptimConfig:
         for name in ("momentum", "weight_decay", "warmup_iterations", "warmup_factor", "gamma"):
             if not getattr(self, name) >= 0 or not math.isfinite(getattr(self, name)):
                 raise ConfigError(f"optim.{name} must not be negative, got {getattr(self, name)}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"optim.betas must be at least 0 and less than 1, got {self.betas}")
         if list(self.milestones) != sorted(set(self.milestones)) or any(m < 1 for m in self.milestones):
             raise ConfigError(f"optim.milestones must be rising iterations, got {self.milestones}")
         if self.clip_norm is not None and not self.clip_norm > 0:
@@ -80,9 +89,9 @@ def describe_lr(config: OptimConfig, batch_size: int) -> str:
 
 
 def describe_schedule(config: OptimConfig) -> str:
-    """Says in one sentence how long training lasts and where the learning rate changes."""
+    """Says in one sentence which optimizer trains, for how long, and where the learning rate changes."""
     drops = [str(m) for m in config.milestones if m < config.iterations]
-    text = f"{config.iterations} iterations, "
+    text = f"{_NAMES[config.optimizer]}, {config.iterations} iterations, "
     text += f"lr x {config.gamma:g} at {' and '.join(drops)}" if drops else "no drop of the lr"
     if config.warmup_iterations:
         text += f", warm-up over {config.warmup_iterations} from {config.warmup_factor:.3g} of the lr"
@@ -93,27 +102,40 @@ def describe_schedule(config: OptimConfig) -> str:
 
 def build_optimizer(
     config: OptimConfig, model: nn.Module, batch_size: int, *, scaled: bool = False
-) -> torch.optim.SGD:
-    """Builds SGD over the weights of ``model`` that require a gradient.
+) -> torch.optim.Optimizer:
+    """Builds the optimizer over the weights of ``model`` that require a gradient.
 
     Args:
-        config (OptimConfig): learning rate, momentum, weight decay.
+        config (OptimConfig): which optimizer, its learning rate, momentum or betas, and weight decay.
         model (nn.Module): the weights.
         batch_size (int): images a step over all ranks.
         scaled (bool): a gradient scaler decides whether a step is taken. The fused form then decides on the
             device; with any other the scaler waits for the device at each step.
     """
     weights = [p for p in model.parameters() if p.requires_grad]
-    lr, decay = lr_at(config, 0, batch_size), config.weight_decay
-    optimizer = torch.optim.SGD(
-        weights, lr=lr, momentum=config.momentum, weight_decay=decay, fused=scaled or None
-    )
+    lr, decay, fused = lr_at(config, 0, batch_size), config.weight_decay, scaled or None
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(weights, lr=lr, betas=config.betas, weight_decay=decay, fused=fused)
+    optimizer = torch.optim.SGD(weights, lr=lr, momentum=config.momentum, weight_decay=decay, fused=fused)
     if scaled and config.momentum:
-        # torch makes the fused form's buffers without values and relies on the first step to write them,
+        # torch makes the buffers of fused SGD without values and relies on the first step to write them,
         # which it does not do when that step is skipped. From zero the first step is the same.
         for weight in weights:
             optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
     return optimizer
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Restores the running means of an optimizer, whose settings stay those of its config.
+
+    Args:
+        optimizer (Optimizer): as :func:`build_optimizer` made it.
+        state (dict): ``state_dict()`` of an optimizer over the same weights; not changed.
+    """
+    saved = state["param_groups"]
+    # Before loading: whether AdamW is fused says on which device its count of steps must lie.
+    groups = [g | {"params": s["params"]} for g, s in zip(optimizer.param_groups, saved, strict=True)]
+    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -26,14 +26,17 @@ SHORT_NAMES = {
     "loss_centerness": "center",
     "iou_threshold": "T_now",
     "beta": "beta_now",
+    "scale_ratio": "r_t",
+    "scale_collage": "collages",
 }
 """How a value of a record is called on a line; other losses and metrics keep their names."""
 
 HIDDEN = ("step", "epoch", "lr", "loss", "time_per_step", "data_time", "memory_mb")
 HIDDEN += ("window_iou_count", "window_error_count")
+HIDDEN += ("loss_share_small", "loss_share_medium", "loss_share_large")
 """Values of a record that have their own place on a line, or none."""
 
-HIDDEN_ZEROS = ("non_finite_statistics",)
+HIDDEN_ZEROS = ("non_finite_statistics", "scale_collage")
 """Values that are shown only when there is something to tell."""
 
 
@@ -153,6 +156,7 @@ class Display:
         """Writes the values of a record, and its speed, memory and time to the end."""
         values = [f"loss {record['loss']:.4f}"]
         for name, value in record.items():
+            value = sum(value) / len(value) if isinstance(value, list) else value
             if name not in HIDDEN and (value or name not in HIDDEN_ZEROS):
                 short = SHORT_NAMES.get(name, name.removeprefix("loss_"))
                 values.append(f"{short} {value:.3f}")

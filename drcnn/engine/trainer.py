@@ -1,7 +1,8 @@
 """The training loop, from top to bottom: fetch, forward, backward, step, observe, log, checkpoint, evaluate.
 
-The loop never waits for the device between two log events. Everything random in an iteration follows from
-(seed, iteration, rank), so that a resumed run continues as if it had never stopped.
+Between two log events the loop waits for nothing from the device but the early decision of scale training.
+Everything random in an iteration follows from (seed, iteration, rank) and from the place of its batches in
+the stream, so that a resumed run continues as if it had never stopped.
 """
 
 import json
@@ -17,11 +18,12 @@ import torch
 from torch import Tensor
 
 from drcnn import __version__
-from drcnn.data import Batch, CocoDataset, train_loader
+from drcnn.data import Batch, CocoDataset, Stitcher, train_loader
 from drcnn.engine import distributed
 from drcnn.engine.checkpoint import FORMAT, changed_settings, load_checkpoint, save_checkpoint
+from drcnn.engine.early_read import EarlyRead
 from drcnn.engine.evaluator import AMP_TYPES, Metrics, evaluate
-from drcnn.engine.optim import build_optimizer, lr_at, set_lr
+from drcnn.engine.optim import build_optimizer, load_optimizer, lr_at, set_lr
 from drcnn.engine.predictor import draw_predictions
 from drcnn.engine.progress import Display, MetricsFile, memory_mb
 from drcnn.engine.run_config import TrainConfig
@@ -66,6 +68,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         self.window = LossWindow(self.device)
         self.step = 0  # iterations done
+        self.position = 0  # batches of the stream taken by them
         self.best: dict[str, Any] | None = None
         self.changes: list[str] = []
         self.loaded: list[str] = []
@@ -73,6 +76,9 @@ class Trainer:
             self.load_state(load_checkpoint(run / "checkpoints" / "last.pt"))
         else:
             self.loaded = load_initial_weights(self.model, config)
+        self.stitch = Stitcher(config.model.scale, config.model.pixel_mean, config.data.pad_multiple)
+        self.is_collage = EarlyRead(self.device)
+        self.is_collage.send(self.model.scale.collage)
         self.parallel = distributed.wrap(self.model, self.device)
         self.display = Display(run / "log.txt" if main else None, config.optim.iterations, silent=not main)
         keep = self.was_before if resume else None
@@ -117,32 +123,38 @@ class Trainer:
                 self.metrics.close()
 
     def batches(self) -> Iterator[Batch]:
-        """Yields the batches of this rank from the current step on."""
+        """Yields the batches of this rank from the current position on, as many as may be needed."""
         share = {"rank": self.rank, "world_size": self.world_size}
-        steps = {"start_step": self.step, "num_steps": self.config.optim.iterations - self.step}
+        most = (self.config.optim.iterations - self.step) * self.config.model.scale.most_batches
+        steps = {"start_step": self.position, "num_steps": most}
         seed = self.config.train.seed
         return iter(train_loader(self.train_data, self.config.data, seed=seed, **steps, **share))
 
     def fetch(self, batches: Iterator[Batch]) -> Batch:
-        """Takes the next batch to the device and seeds the iteration."""
-        start = time.perf_counter()
+        """Takes the next batch to the device, or several as a collage, and seeds the iteration."""
+        scale, start = self.config.model.scale, time.perf_counter()
+        wanted = scale.components if scale.most_batches > 1 and self.is_collage.receive() else 1
         try:
-            batch = next(batches)
+            taken = [next(batches) for _ in range(wanted)]
         except (RuntimeError, OSError):
             self.stop_if_asked()  # the signal that asks to stop may have ended the loader's workers
             raise
         self.data_time += time.perf_counter() - start
         self.timed_steps += 1
-        self.recent.append((self.step + 1, batch.indices))
+        self.position += wanted
+        self.recent.append((self.step + 1, torch.cat([batch.indices for batch in taken])))
         torch.manual_seed(iteration_seed(self.config.train.seed, self.step, self.rank))
-        return batch.to(self.device)
+        return self.stitch(taken, self.device)
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Computes the losses."""
+        """Computes the losses, and lets them decide on the scale of the next batch."""
         dtype = AMP_TYPES[self.config.train.amp]
         self.parallel.train()
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
-            return self.parallel(batch.images, batch.targets)
+            losses = self.parallel(batch.images, batch.targets)
+        self.model.scale.decide()
+        self.is_collage.send(self.model.scale.collage)
+        return losses
 
     def backward(self, losses: dict[str, Tensor]) -> Tensor:
         """Computes the gradients, clips them, and returns their norm before clipping."""
@@ -161,6 +173,7 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.model.dynamics.update()
+        self.window.trace(self.model.scale.metrics())
         values = {"loss": sum_losses(losses), **losses}
         norm = {"grad_norm": gradient_norm}
         if self.scaler.is_enabled():  # fp16 meets infinite gradients by design and skips such steps
@@ -175,7 +188,7 @@ class Trainer:
         seconds = time.perf_counter() - self.clock
         record: dict[str, Any] = {
             "step": self.step,
-            "epoch": self.step * data.batch_size / len(self.train_data),
+            "epoch": self.position * data.batch_size / len(self.train_data),
             "lr": lr_at(optim, self.step - 1, data.batch_size),
             **losses,
             **dynamics,
@@ -189,7 +202,7 @@ class Trainer:
         if self.metrics is not None:
             self.metrics.write(record)
 
-    def read_window(self) -> tuple[dict[str, float], dict[str, float]]:
+    def read_window(self) -> tuple[dict[str, float], dict[str, float | list[float]]]:
         """Waits for the device, and stops the run if a loss or gradient was not finite.
 
         Raises:
@@ -321,6 +334,7 @@ class Trainer:
             "format": FORMAT,
             "drcnn_version": __version__,
             "step": self.step,
+            "position": self.position,
             "model": self.model.state_dict(),
             "ema": None,
             "optimizer": self.optimizer.state_dict(),
@@ -342,14 +356,12 @@ class Trainer:
         iterations = self.config.optim.iterations
         self.changes = changed_settings(state, self.plain_config, self.train_data.categories, iterations)
         self.model.load_state_dict(state["model"])
-        settings = {k: v for k, v in self.optimizer.param_groups[0].items() if k != "params"}
-        self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:
-            group.update(settings)  # this run's, as the checkpoint's came back with its state
+        load_optimizer(self.optimizer, state["optimizer"])
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.window.load_state_dict(state["window"])
         self.step, self.best = int(state["step"]), state["best"]
+        self.position = int(state.get("position", self.step))
 
     def was_before(self, record: dict[str, Any]) -> bool:
         """Tells whether a record of metrics.jsonl stays on resume; the evaluation at the end is redone."""

@@ -1,4 +1,4 @@
-"""The losses of the iterations since the last log line, summed on the device and read in one transfer."""
+"""The values of the iterations since the last log line, kept on the device and read in one transfer."""
 
 from typing import Any
 
@@ -9,7 +9,9 @@ NEVER = -1
 
 
 class LossWindow:
-    """Sums losses and remembers the first iteration with one that is not finite; it never waits.
+    """Sums losses, keeps each iteration's other values, and never waits.
+
+    It remembers the first iteration with a loss that is not finite.
 
     Attributes:
         count (int): number of iterations summed.
@@ -21,6 +23,7 @@ class LossWindow:
         self.names: list[str] = []
         self.count = 0
         self.sums = torch.zeros(0, dtype=torch.float64, device=device)
+        self.traces: dict[str, list[Tensor]] = {}
         self.first_bad = torch.full((), NEVER, dtype=torch.int64, device=device)
 
     def add(self, iteration: int, values: dict[str, Tensor], unchecked: dict[str, Tensor]) -> None:
@@ -41,35 +44,47 @@ class LossWindow:
         bad = ~stacked[: len(values)].isfinite().all() & (self.first_bad == NEVER)
         self.first_bad = torch.where(bad, iteration, self.first_bad)
 
-    def read(self, extra: dict[str, Tensor]) -> tuple[dict[str, float], dict[str, float], int | None]:
+    def trace(self, values: dict[str, Tensor]) -> None:
+        """Keeps 0-dim tensors of one iteration."""
+        for name, value in values.items():
+            self.traces.setdefault(name, []).append(value.detach().to(torch.float64, copy=True))
+
+    def read(
+        self, extra: dict[str, Tensor]
+    ) -> tuple[dict[str, float], dict[str, float | list[float]], int | None]:
         """Waits for the device once and reads the window.
 
         Args:
             extra (dict[str, Tensor]): 0-dim tensors to read in the same transfer.
 
         Returns:
-            The mean of each loss over the window, the values of ``extra``, and the first iteration that had a
-            value that was not finite, or None.
+            The mean of each loss over the window; the values of ``extra``, and what was traced as a list with
+            one value for each iteration; the first iteration that had a loss that was not finite, or None.
         """
         means = self.sums / max(self.count, 1)
         tail = [v.detach().to(means) for v in extra.values()]
-        numbers = torch.cat([means, torch.stack([*tail, self.first_bad.double()])]).tolist()
-        first_bad = int(numbers.pop())
-        names = [*self.names, *extra]
-        found = dict(zip(names, numbers, strict=True))
-        losses = {n: found[n] for n in self.names}
-        return losses, {n: found[n] for n in extra}, None if first_bad == NEVER else first_bad
+        traced = [value for values in self.traces.values() for value in values]
+        read = iter(torch.cat([means, torch.stack([self.first_bad.double(), *tail, *traced])]).tolist())
+        losses = {name: next(read) for name in self.names}
+        first_bad = int(next(read))
+        others: dict[str, float | list[float]] = {name: next(read) for name in extra}
+        others |= {name: [next(read) for _ in values] for name, values in self.traces.items()}
+        return losses, others, None if first_bad == NEVER else first_bad
 
     def reset(self) -> None:
-        """Empties the sums; the first bad iteration stays on record."""
+        """Empties the window; the first bad iteration stays on record."""
         self.sums = torch.zeros_like(self.sums)
         self.count = 0
+        self.traces = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the sums, so that a resumed run logs the same means as one that was never stopped."""
-        return {"names": list(self.names), "sums": self.sums, "count": self.count}
+        """Returns the content, so that a resumed run logs the same as one that was never stopped."""
+        traces = {name: torch.stack(values) for name, values in self.traces.items()}
+        return {"names": list(self.names), "sums": self.sums, "count": self.count, "traces": traces}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what :meth:`state_dict` returned."""
         self.names, self.count = list(state["names"]), int(state["count"])
         self.sums = state["sums"].to(self.device).clone()
+        traces = state.get("traces", {})
+        self.traces = {name: list(values.to(self.device).unbind()) for name, values in traces.items()}

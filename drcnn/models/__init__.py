@@ -10,6 +10,8 @@ from drcnn.models.mask_head import MaskHead, MaskHeadConfig
 from drcnn.models.retinanet import RetinaNet, RetinaNetConfig, RetinaNetHeadConfig
 from drcnn.models.roi_heads import BoxHead, BoxHeadConfig
 from drcnn.models.rpn import RPN, RPNConfig
+from drcnn.models.sparse import SparseRCNN, SparseRCNNConfig
+from drcnn.models.sparse_head import SparseHead, SparseHeadConfig
 from drcnn.models.timm_backbone import TimmConfig
 
 __all__ = [
@@ -32,5 +34,9 @@ __all__ = [
     "RetinaNet",
     "RetinaNetConfig",
     "RetinaNetHeadConfig",
+    "SparseHead",
+    "SparseHeadConfig",
+    "SparseRCNN",
+    "SparseRCNNConfig",
     "TimmConfig",
 ]

@@ -11,7 +11,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from drcnn.dynamics import Assignment, DynamicTrainingConfig, FixedTraining, FixedTrainingConfig
+from drcnn.dynamics import (
+    Assignment,
+    DynamicTrainingConfig,
+    FixedTraining,
+    FixedTrainingConfig,
+    ScaleTraining,
+)
 from drcnn.errors import ConfigError
 from drcnn.models.boxes import clip_boxes, decode_deltas, has_size
 from drcnn.models.roi_heads import BoxHeadConfig, Samples
@@ -162,6 +168,7 @@ class CascadeHead(nn.Module):
         images: ImageBatch,
         targets: Targets,
         training: CascadeTraining,
+        scale: ScaleTraining,
     ) -> tuple[dict[str, Tensor], Samples]:
         """Computes the losses of all stages; each trains on the boxes that the one before refined.
 
@@ -175,21 +182,22 @@ class CascadeHead(nn.Module):
             images: the batch, for the sizes of its images.
             targets: ground truths.
             training: the stages' policies.
+            scale: records the losses of all stages by the objects' areas.
 
         Returns:
             tuple[dict, Samples]: ``loss_classification_S`` and ``loss_box_S`` of each stage S, weighted; the
             first stage's slots that can hold positives.
         """
-        scale = self.config.feature_gradient
-        if scale != 1:
-            features = [feature.detach() + scale * (feature - feature.detach()) for feature in features]
+        share = self.config.feature_gradient
+        if share != 1:
+            features = [feature.detach() + share * (feature - feature.detach()) for feature in features]
         losses, drawn = {}, []
         for index, (stage, policy) in enumerate(zip(self.stages, training.stages, strict=True)):
-            samples = stage.sample(proposals, valid, targets, policy)
-            found, deltas = stage.sampled_losses(features, samples, policy)
+            samples = stage.sample(proposals, valid, images, targets, policy)
             weight = self.config.loss_weights[index]
-            losses |= {f"{name}_{index}": weight * value for name, value in found.items()}
-            drawn.append(stage.positive_slots(samples))
+            found, deltas = stage.sampled_losses(features, samples, policy, scale, weight)
+            losses |= {f"{name}_{index}": value for name, value in found.items()}
+            drawn.append(samples.positive_slots())
             proposals = refine(stage.config, samples.boxes, deltas.detach(), images)
             valid = samples.valid & ~samples.is_gt & has_size(proposals, _MIN_SIZE)
         return losses, drawn[0]

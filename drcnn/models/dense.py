@@ -26,6 +26,7 @@ class DenseDetector(nn.Module):
 
     Attributes:
         dynamics (PlainTraining): the policy that training follows; nothing moves.
+        scale (ScaleTraining): the policy of the images' scale.
     """
 
     def __init__(self, config: "RetinaNetConfig | FCOSConfig") -> None:
@@ -35,6 +36,7 @@ class DenseDetector(nn.Module):
         self.fpn = config.fpn.build(self.backbone.channels, self.backbone.strides)
         self.head = config.head.build(self.fpn.channels, self.fpn.strides, config.num_classes)
         self.dynamics = PlainTraining()
+        self.scale = config.scale.build()
         self.normalize = PixelNormalization(config.pixel_mean, config.pixel_std)
 
     def forward(self, images: ImageBatch, targets: Targets | None = None) -> dict[str, Tensor] | Detections:
@@ -55,7 +57,8 @@ class DenseDetector(nn.Module):
             raise ValueError("a detector in training mode needs targets; call .eval() to detect")
         features = self.fpn(self.backbone(self.normalize(images)))
         if self.training:
-            return self.head.losses(features, targets)
+            self.scale.observe(targets)
+            return self.head.losses(features, targets, self.scale)
         return self.head.detect(features, images)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from drcnn.dynamics import DynamicTrainingConfig, FixedTrainingConfig
+from drcnn.dynamics import DynamicTrainingConfig, FixedTrainingConfig, ScaleTrainingConfig
 from drcnn.models.backbone import ResNetConfig
 from drcnn.models.cascade import CascadeHeadConfig
 from drcnn.models.fpn import FPNConfig
@@ -39,6 +39,8 @@ class FasterRCNNConfig:
     """Mask head; None finds boxes alone."""
     training: FixedTrainingConfig | DynamicTrainingConfig = field(default_factory=FixedTrainingConfig)
     """Policy of the IoU threshold and of SmoothL1's beta."""
+    scale: ScaleTrainingConfig = field(default_factory=lambda: ScaleTrainingConfig(control="never"))
+    """Dynamic scale training: when to train on collages."""
     pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     """Mean of R, G, B in 0..255, subtracted from the images."""
     pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
@@ -57,6 +59,7 @@ class FasterRCNN(nn.Module):
 
     Attributes:
         dynamics (FixedTraining | DynamicTraining | CascadeTraining): the policy that training follows.
+        scale (ScaleTraining): the policy of the images' scale.
         mask_head (MaskHead | None): None in detectors without masks.
 
     Raises:
@@ -74,6 +77,7 @@ class FasterRCNN(nn.Module):
         self.box_head = config.box_head.build(*pooled)
         self.mask_head = config.mask_head.build(*pooled) if config.mask_head is not None else None
         self.dynamics = config.box_head.policy(config.training)
+        self.scale = config.scale.build()
         self.normalize = PixelNormalization(config.pixel_mean, config.pixel_std)
 
     def forward(self, images: ImageBatch, targets: Targets | None = None) -> dict[str, Tensor] | Detections:
@@ -101,7 +105,9 @@ class FasterRCNN(nn.Module):
         pooled = features[:-1]
         if not self.training:
             return self._detect(pooled, proposals, valid, images)
-        found, samples = self.box_head.losses(pooled, proposals, valid, images, targets, self.dynamics)
+        self.scale.observe(targets)
+        policies = self.dynamics, self.scale
+        found, samples = self.box_head.losses(pooled, proposals, valid, images, targets, *policies)
         losses |= found
         if self.mask_head is not None:
             losses |= self.mask_head.losses(pooled, samples, targets.masks)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou_loss
 
-from drcnn.dynamics import mean_over_ranks
+from drcnn.dynamics import ScaleTraining, ScaleTrainingConfig, box_area, mean_over_ranks
 from drcnn.models.anchors import grid_points
 from drcnn.models.backbone import ResNetConfig
 from drcnn.models.boxes import paired_iou
@@ -81,6 +81,8 @@ class FCOSConfig:
     """Feature pyramid."""
     head: FCOSHeadConfig = field(default_factory=FCOSHeadConfig)
     """Head."""
+    scale: ScaleTrainingConfig = field(default_factory=lambda: ScaleTrainingConfig(control="never"))
+    """Dynamic scale training: when to train on collages."""
     pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     """Mean of R, G, B in 0..255, subtracted from the images."""
     pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
@@ -153,12 +155,13 @@ class FCOSHead(nn.Module):
             for feature, stride in zip(features, self.strides, strict=True)
         ]
 
-    def losses(self, features: Sequence[Tensor], targets: Targets) -> dict[str, Tensor]:
+    def losses(self, features: Sequence[Tensor], targets: Targets, scale: ScaleTraining) -> dict[str, Tensor]:
         """Labels the points and computes the losses.
 
         Args:
             features: levels of the pyramid, Tensor[B, C, H_l, W_l].
             targets: ground truths.
+            scale: records the losses by the objects' areas.
 
         Returns:
             dict: ``loss_classification`` (focal loss over all points) and ``loss_centerness`` (binary cross
@@ -172,9 +175,9 @@ class FCOSHead(nn.Module):
             points = torch.cat(levels)
             labels, wanted = self.assign(levels, targets)
             positive = labels < self.num_classes
+            area = box_area(wanted)
             central = torch.where(positive, centerness_of(points, wanted), 0.0)
             count, weight = mean_over_ranks(torch.stack([positive.sum(), central.sum()])).unbind()
-        classification = focal_loss(logits, labels, torch.ones_like(positive), config.alpha, config.gamma)
         # Elsewhere a prediction is compared with itself, so that no gradient there can be infinite.
         predicted = boxes_around(points, distances)
         wanted = torch.where(positive.unsqueeze(-1), wanted, predicted.detach())
@@ -183,9 +186,17 @@ class FCOSHead(nn.Module):
         else:
             box = -paired_iou(predicted, wanted).clamp(min=1e-6).log()
         center = F.binary_cross_entropy_with_logits(centerness, central, reduction="none")
+
+        def class_loss(chosen: Tensor) -> Tensor:
+            return focal_loss(logits, labels, chosen, config.alpha, config.gamma) / count.clamp(min=1)
+
+        def box_loss(chosen: Tensor) -> Tensor:
+            return torch.where(chosen, box * central, 0.0).sum() / weight.clamp(min=1e-6)
+
+        scale.record(area, positive, regression=box_loss, classification=class_loss)
         return {
-            "loss_classification": classification / count.clamp(min=1),
-            "loss_box": torch.where(positive, box * central, 0.0).sum() / weight.clamp(min=1e-6),
+            "loss_classification": class_loss(torch.ones_like(positive)),
+            "loss_box": box_loss(positive),
             "loss_centerness": torch.where(positive, center, 0.0).sum() / count.clamp(min=1),
         }
 

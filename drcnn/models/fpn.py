@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool
 
-TopLevels = Literal["pool", "convs_on_c5", "convs_on_p5"]
+TopLevels = Literal["none", "pool", "convs_on_c5", "convs_on_p5"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class FPNConfig:
     first_level: Literal[2, 3] = 2
     """Finest level: 2 begins at P2, 3 at P3, as dense detectors do."""
     top: TopLevels = "pool"
-    """Above P5: P6 as every second cell of P5, or P6 and P7 by convolutions of stride 2 on C5 or on P5."""
+    """Above P5: nothing, P6 as every second cell of P5, or P6 and P7 by convolutions on C5 or on P5."""
     top_relu: bool = True
     """ReLU between P6 and the convolution of P7 (not in MMDetection's RetinaNet)."""
 
@@ -63,7 +63,7 @@ class TopConvolutions(ExtraFPNBlock):
 
 
 class FPN(FeaturePyramidNetwork):
-    """Levels P2 to P6, or P3 to P7, from C2 to C5. Parameter names are torchvision's.
+    """Levels from P2 or P3 up to P5, P6 or P7, from C2 to C5. Parameter names are torchvision's.
 
     Args:
         config: channels, normalization and levels.
@@ -78,7 +78,9 @@ class FPN(FeaturePyramidNetwork):
     def __init__(self, config: FPNConfig, in_channels: Sequence[int], strides: Sequence[int]) -> None:
         norm = partial(nn.GroupNorm, 32) if config.norm == "gn" else None
         skipped = config.first_level - 2
-        if config.top == "pool":
+        if config.top == "none":
+            extra, top_strides = None, ()
+        elif config.top == "pool":
             extra, top_strides = LastLevelMaxPool(), (strides[-1] * 2,)
         else:
             on_c5 = config.top == "convs_on_c5"

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from drcnn.dynamics import mean_over_ranks
+from drcnn.dynamics import ScaleTraining, ScaleTrainingConfig, matched_area, mean_over_ranks
 from drcnn.models.anchors import AnchorConfig, grid_anchors
 from drcnn.models.backbone import ResNetConfig
 from drcnn.models.boxes import decode_deltas
@@ -77,6 +77,8 @@ class RetinaNetConfig:
     """Feature pyramid."""
     head: RetinaNetHeadConfig = field(default_factory=RetinaNetHeadConfig)
     """Head."""
+    scale: ScaleTrainingConfig = field(default_factory=lambda: ScaleTrainingConfig(control="never"))
+    """Dynamic scale training: when to train on collages."""
     pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     """Mean of R, G, B in 0..255, subtracted from the images."""
     pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
@@ -146,12 +148,13 @@ class RetinaNetHead(nn.Module):
             for cell, feature, stride in zip(self.cells, features, self.strides, strict=True)
         ]
 
-    def losses(self, features: Sequence[Tensor], targets: Targets) -> dict[str, Tensor]:
+    def losses(self, features: Sequence[Tensor], targets: Targets, scale: ScaleTraining) -> dict[str, Tensor]:
         """Labels the anchors and computes the losses.
 
         Args:
             features: levels of the pyramid, Tensor[B, C, H_l, W_l].
             targets: ground truths.
+            scale: records the losses by the objects' areas.
 
         Returns:
             dict: ``loss_classification`` (focal loss over all anchors but those between the two IoUs) and
@@ -162,14 +165,21 @@ class RetinaNetHead(nn.Module):
         logits, deltas = (torch.cat(levels, dim=1) for levels in self(features))
         with torch.no_grad():
             anchors = torch.cat(self.anchors(features)).expand(len(logits), -1, -1)
-            labels, wanted, counted = self.assign(anchors, targets)
+            labels, wanted, counted, gt_index = self.assign(anchors, targets)
             positive = labels < self.num_classes
             count = mean_over_ranks(positive.sum().float()).clamp(min=1)
-        classification = focal_loss(logits, labels, counted, config.alpha, config.gamma)
-        box = smooth_l1(deltas, wanted, config.beta, positive)
-        return {"loss_classification": classification / count, "loss_box": box / count}
 
-    def assign(self, anchors: Tensor, targets: Targets) -> tuple[Tensor, Tensor, Tensor]:
+        def class_loss(chosen: Tensor) -> Tensor:
+            return focal_loss(logits, labels, chosen, config.alpha, config.gamma) / count
+
+        def box_loss(chosen: Tensor) -> Tensor:
+            return smooth_l1(deltas, wanted, config.beta, chosen) / count
+
+        area = matched_area(targets, gt_index)
+        scale.record(area, positive, regression=box_loss, classification=class_loss)
+        return {"loss_classification": class_loss(counted), "loss_box": box_loss(positive)}
+
+    def assign(self, anchors: Tensor, targets: Targets) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Gives each anchor the ground truth that it overlaps most.
 
         Args:
@@ -177,8 +187,8 @@ class RetinaNetHead(nn.Module):
             targets: ground truths.
 
         Returns:
-            tuple[Tensor[B, N], Tensor[B, N, 4], Tensor[B, N]]: int64 labels in 0..K, K for the background;
-            regression targets; bool, whether the anchor is trained on.
+            tuple[Tensor[B, N], Tensor[B, N, 4], Tensor[B, N], Tensor[B, N]]: int64 labels in 0..K, K for the
+            background; regression targets; bool, whether the anchor is trained on; int64, the ground truth.
         """
         config = self.config
         match = match_boxes(anchors, targets.boxes, targets.valid, config.low_quality_iou)
@@ -194,7 +204,7 @@ class RetinaNetHead(nn.Module):
         )
         positive = (match.max_iou >= config.foreground_iou) | match.is_best
         counted = positive | (match.max_iou < config.background_iou)
-        return torch.where(positive, labels, self.num_classes), deltas, counted
+        return torch.where(positive, labels, self.num_classes), deltas, counted, match.gt_index
 
     def detect(self, features: Sequence[Tensor], images: ImageBatch) -> Detections:
         """Scores the anchors, refines the best of each level and keeps the best after NMS by class.

@@ -18,6 +18,8 @@ from drcnn.dynamics import (
     DynamicTrainingConfig,
     FixedTraining,
     FixedTrainingConfig,
+    ScaleTraining,
+    matched_area,
     regression_error,
 )
 from drcnn.models.boxes import clip_boxes, decode_deltas, has_size, up_to_last_pixel
@@ -85,16 +87,24 @@ class Samples(NamedTuple):
         labels (Tensor[B, S]): int64 in 0..K, K for background and padding.
         deltas (Tensor[B, S, 4]): regression targets.
         gt_index (Tensor[B, S]): int64, the ground truth with the largest IoU.
+        area (Tensor[B, S]): of that ground truth, in square pixels.
         is_gt (Tensor[B, S]): bool, True for ground truths that joined the proposals.
         valid (Tensor[B, S]): bool.
+        max_positive (int): slots that can hold positives.
     """
 
     boxes: Tensor
     labels: Tensor
     deltas: Tensor
     gt_index: Tensor
+    area: Tensor
     is_gt: Tensor
     valid: Tensor
+    max_positive: int
+
+    def positive_slots(self) -> "Samples":
+        """Cuts the samples to the first slots, the only ones that can hold positives."""
+        return Samples(*(part[:, : self.max_positive] for part in self[:-1]), self.max_positive)
 
 
 class BoxHead(nn.Module):
@@ -161,6 +171,7 @@ class BoxHead(nn.Module):
         images: ImageBatch,
         targets: Targets,
         training: FixedTraining | DynamicTraining,
+        scale: ScaleTraining,
     ) -> tuple[dict[str, Tensor], Samples]:
         """Labels and samples the proposals under the policy's threshold and computes the losses.
 
@@ -171,16 +182,22 @@ class BoxHead(nn.Module):
             images: the batch.
             targets: ground truths.
             training: the policy; it gives the IoU threshold and beta and records the assignment.
+            scale: records the losses by the objects' areas.
 
         Returns:
             tuple[dict, Samples]: the losses of `sampled_losses`, and the slots that can hold positives.
         """
-        samples = self.sample(proposals, valid, targets, training)
-        losses, _ = self.sampled_losses(features, samples, training)
-        return losses, self.positive_slots(samples)
+        samples = self.sample(proposals, valid, images, targets, training)
+        losses, _ = self.sampled_losses(features, samples, training, scale)
+        return losses, samples.positive_slots()
 
     def sampled_losses(
-        self, features: Sequence[Tensor], samples: Samples, training: FixedTraining | DynamicTraining
+        self,
+        features: Sequence[Tensor],
+        samples: Samples,
+        training: FixedTraining | DynamicTraining,
+        scale: ScaleTraining,
+        weight: float = 1.0,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Computes the losses of sampled proposals.
 
@@ -188,6 +205,8 @@ class BoxHead(nn.Module):
             features: one Tensor[B, C, H_l, W_l] for each stride.
             samples: labelled proposals, positives first.
             training: the policy; it gives beta.
+            scale: records the losses by the objects' areas.
+            weight: factor of the losses.
 
         Returns:
             tuple[dict, Tensor[B, S, K or 1, 4]]: ``loss_classification`` (mean over the sampled proposals)
@@ -197,29 +216,32 @@ class BoxHead(nn.Module):
         count = samples.valid.sum().clamp(min=1)
         logits, predicted = self(features, samples.boxes)
         classification = F.cross_entropy(logits.flatten(0, 1), samples.labels.flatten(), reduction="none")
-        classification = torch.where(samples.valid.flatten(), classification, 0.0).sum()
-        slots = self.positive_slots(samples)
+        classification = classification.view_as(samples.labels)
+        slots = samples.positive_slots()
         deltas = predicted[:, : slots.labels.shape[1]]
         if not self.config.class_agnostic:
             own = slots.labels.clamp(max=self.num_classes - 1)[:, :, None, None].expand(-1, -1, 1, 4)
             deltas = deltas.gather(2, own)
-        box = smooth_l1(deltas.squeeze(2), slots.deltas, training.beta, slots.labels < self.num_classes)
-        return {"loss_classification": classification / count, "loss_box": box / count}, predicted
+        deltas = deltas.squeeze(2)
 
-    def positive_slots(self, samples: Samples) -> Samples:
-        """Cuts samples to the first slots, the only ones that can hold positives."""
-        return Samples(*(part[:, : self.max_positive] for part in samples))
+        def class_loss(chosen: Tensor) -> Tensor:
+            values = classification[:, : chosen.shape[1]]
+            return weight * (torch.where(chosen, values, 0.0).sum() / count)
 
-    @property
-    def max_positive(self) -> int:
-        """Most positives among the samples of an image."""
-        return int(self.config.samples * self.config.positive_fraction)
+        def box_loss(chosen: Tensor) -> Tensor:
+            return weight * (smooth_l1(deltas, slots.deltas, training.beta, chosen) / count)
+
+        positive = slots.labels < self.num_classes
+        scale.record(slots.area, positive, regression=box_loss, classification=class_loss)
+        losses = {"loss_classification": class_loss(samples.valid), "loss_box": box_loss(positive)}
+        return losses, predicted
 
     @torch.no_grad()
     def sample(
         self,
         proposals: Tensor,
         valid: Tensor,
+        images: ImageBatch,
         targets: Targets,
         training: FixedTraining | DynamicTraining,
     ) -> Samples:
@@ -228,6 +250,7 @@ class BoxHead(nn.Module):
         Args:
             proposals (Tensor[B, P, 4]): xyxy in pixels.
             valid (Tensor[B, P]): bool.
+            images: the batch, for the number of its parts.
             targets: ground truths.
             training: the policy.
 
@@ -252,7 +275,9 @@ class BoxHead(nn.Module):
             background=self.num_classes,
         )
         positive = (labels < self.num_classes) & valid
-        index, drawn = sample_slots(positive, valid & ~positive, config.samples, self.max_positive)
+        slots = config.samples // images.parts
+        most = int(slots * config.positive_fraction)
+        index, drawn = sample_slots(positive, valid & ~positive, slots, most)
         sampled = torch.zeros_like(valid).scatter(1, index, drawn)
         training.record(
             Assignment(
@@ -269,13 +294,16 @@ class BoxHead(nn.Module):
             )
         )
         rows = index.unsqueeze(-1).expand(-1, -1, 4)
+        gt_index = match.gt_index.gather(1, index)
         return Samples(
             boxes=proposals.gather(1, rows),
             labels=torch.where(drawn, labels.gather(1, index), self.num_classes),
             deltas=deltas.gather(1, rows),
-            gt_index=match.gt_index.gather(1, index),
+            gt_index=gt_index,
+            area=matched_area(targets, gt_index),
             is_gt=is_gt.gather(1, index),
             valid=drawn,
+            max_positive=most,
         )
 
     def detect(

@@ -164,11 +164,12 @@ class RPN(nn.Module):
         self, logits: Tensor, deltas: Tensor, anchors: Tensor, images: ImageBatch, targets: Targets
     ) -> dict[str, Tensor]:
         config = self.config
+        samples = config.samples // images.parts
         with torch.no_grad():
             anchors = anchors.expand(len(logits), -1, -1)
             match, positive, negative = self._match(anchors, images.sizes, targets)
-            most = int(config.samples * config.positive_fraction)
-            index, valid = sample_slots(positive, negative, config.samples, most)
+            most = int(samples * config.positive_fraction)
+            index, valid = sample_slots(positive, negative, samples, most)
             is_object = positive.gather(1, index) & valid
             rows = index.unsqueeze(-1).expand(-1, -1, 4)
             _, wanted = assign_targets(

@@ -253,7 +253,7 @@ def _why_not(op: str, backend: str, device_type: str) -> str | None:
     if table is None:
         raise ValueError(f"no operator is called {op!r}; there are {', '.join(registered_operators())}")
     if backend not in table:
-        return f"this version has no {backend} kernel for it"
+        return f"it has no {backend} kernel, only {', '.join(name for name in BACKENDS if name in table)}"
     if backend == "native":
         return _why_not_native(table[backend].requires, device_type)
     if backend == "triton":

@@ -7,6 +7,7 @@ from typing import get_args
 
 from torch import Tensor
 
+from drcnn.dynamics import DynamicProposalsConfig, LearnedProposalsConfig, OptimalTransportConfig
 from drcnn.errors import WeightsError
 from drcnn.models import (
     BoxHeadConfig,
@@ -20,6 +21,8 @@ from drcnn.models import (
     RetinaNetConfig,
     RetinaNetHeadConfig,
     RPNConfig,
+    SparseHeadConfig,
+    SparseRCNNConfig,
 )
 from drcnn.models.backbone import ResNetName
 
@@ -38,7 +41,7 @@ _RESNETS = {
 
 def detector_config(
     tensors: Mapping[str, Tensor], source: str
-) -> FasterRCNNConfig | RetinaNetConfig | FCOSConfig:
+) -> FasterRCNNConfig | RetinaNetConfig | FCOSConfig | SparseRCNNConfig:
     """Tells which detector tensors belong to; what they do not show has the defaults of its config.
 
     Args:
@@ -54,6 +57,8 @@ def detector_config(
     try:
         if "rpn.objectness.weight" in tensors:
             return _two_stage(tensors, source)
+        if "proposals.boxes" in tensors:
+            return _sparse(tensors, source)
         if "head.centerness.weight" in tensors:
             return _fcos(tensors, source)
         if "head.deltas.weight" in tensors:
@@ -110,6 +115,34 @@ def _fcos(tensors: Mapping[str, Tensor], source: str) -> FCOSConfig:
     head = FCOSHeadConfig(convs=_count(tensors, r"head\.class_convs\.(\d+)\.0\.weight"))
     classes = len(tensors["head.classifier.weight"])
     return FCOSConfig(classes, _backbone(tensors, source), _dense_pyramid(tensors), head)
+
+
+def _sparse(tensors: Mapping[str, Tensor], source: str) -> SparseRCNNConfig:
+    first, fpn = "head.stages.0.", replace(_pyramid(tensors), top="none")
+    class_layers, box_layers = (
+        sum(bool(re.fullmatch(rf"head\.stages\.0\.{kind}_layers\.\d+\.bias", name)) for name in tensors)
+        for kind in ("class", "box")
+    )
+    head = SparseHeadConfig(
+        stages=_count(tensors, r"head\.stages\.(\d+)\.classifier\.weight"),
+        dynamic_channels=len(tensors[f"{first}interaction.norm_in.weight"]),
+        ffn_channels=len(tensors[f"{first}ffn.fc1.weight"]),
+        class_layers=class_layers,
+        box_layers=box_layers,
+        pool_size=round((tensors[f"{first}interaction.fc.weight"].shape[1] / fpn.channels) ** 0.5),
+    )
+    classes = len(tensors[f"{first}classifier.weight"])
+    config = SparseRCNNConfig(classes, _backbone(tensors, source), fpn, head=head)
+    boxes = tensors["proposals.boxes"]
+    if boxes.dim() == 2:
+        return replace(config, proposals=LearnedProposalsConfig(len(boxes)))
+    hidden, cells = tensors["proposals.generator.fc1.weight"].shape
+    staircase = "proposals.generator.steps.0.weight" in tensors
+    proposals = DynamicProposalsConfig(
+        boxes.shape[1], len(boxes), staircase, grid=round(cells**0.5), hidden=hidden
+    )
+    # No tensor shows the assignment; detections of the many-to-one, which usually goes with it, need NMS.
+    return replace(config, proposals=proposals, assignment=OptimalTransportConfig())
 
 
 def _dense_pyramid(tensors: Mapping[str, Tensor]) -> FPNConfig:

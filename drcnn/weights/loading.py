@@ -15,17 +15,20 @@ from drcnn.weights.sources import OWN, differing_settings, recognise, system_of
 _COUNTER = "num_batches_tracked"
 """Batch norm's counter: frozen and group norm have none, and nothing that we compute reads it."""
 
-_DYNAMICS = ("dynamics.",)
+_SCALE = ("scale.",)
+_DYNAMICS = ("dynamics.", *_SCALE)
 """Beginnings of the names of dynamic training's state, of which other systems' weights have none."""
 
 _LAST_LAYERS = re.compile(
-    r"box_head\.(stages\.\d\.)?(classifier|deltas)\..*|mask_head\.logits\..*|head\.classifier\..*"
+    r"box_head\.(stages\.\d\.)?(classifier|deltas)\..*|mask_head\.logits\..*"
+    r"|head\.(stages\.\d\.)?classifier\..*"
 )
 """Those whose size is the number of classes."""
 
 _CAUSES = {
     "mask_head.": "a mask head",
     "box_head.stages.": "a cascade of box heads",
+    "head.stages.": "Sparse R-CNN's head",
     "box_head.convs.": "convolutions in the box head",
     "rpn.more_convs.": "a second convolution in the RPN",
     "conv_offset": "deformable convolutions",
@@ -134,7 +137,7 @@ def load_weights(
         report, tensors = LoadReport(OWN), read.tensors
         if not dynamics:
             tensors = {n: t for n, t in tensors.items() if not n.startswith(_DYNAMICS)}
-        optional = () if dynamics else _DYNAMICS
+        optional = _SCALE if dynamics else _DYNAMICS  # our first weights have no state of the scale
     else:
         report, tensors = _recognised(model, read)
         optional = _DYNAMICS

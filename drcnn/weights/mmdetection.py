@@ -13,7 +13,7 @@ from torch import Tensor
 
 from drcnn.dynamics import DynamicTrainingConfig
 from drcnn.errors import WeightsError
-from drcnn.models import CascadeHeadConfig
+from drcnn.models import CascadeHeadConfig, SparseRCNNConfig
 from drcnn.weights.files import Weights
 from drcnn.weights.rewriting import Converted, fold_batch_norm, rename
 
@@ -41,6 +41,31 @@ _RULES = (
     (r"bbox_head\.conv_reg\.(.*)", r"head.distances.\1"),
     (r"bbox_head\.conv_centerness\.(.*)", r"head.centerness.\1"),
 )
+_SPARSE_RULES = (
+    (r"rpn_head\.init_proposal_bboxes\.weight", "proposals.boxes"),
+    (r"rpn_head\.init_proposal_features\.weight", "proposals.features"),
+    *(
+        (rf"roi_head\.bbox_head\.(\d)\.{theirs}\.(.*)", rf"head.stages.\1.{ours}.\2")
+        for theirs, ours in (
+            (r"attention\.attn", "attention"),
+            ("attention_norm", "attention_norm"),
+            (r"instance_interactive_conv\.dynamic_layer", "interaction.dynamic"),
+            (r"instance_interactive_conv\.norm_in", "interaction.norm_in"),
+            (r"instance_interactive_conv\.norm_out", "interaction.norm_out"),
+            (r"instance_interactive_conv\.fc_layer", "interaction.fc"),
+            (r"instance_interactive_conv\.fc_norm", "interaction.norm_fc"),
+            ("instance_interactive_conv_norm", "interaction_norm"),
+            (r"ffn\.layers\.0\.0", "ffn.fc1"),
+            (r"ffn\.layers\.1", "ffn.fc2"),
+            ("ffn_norm", "ffn_norm"),
+            ("cls_fcs", "class_layers"),
+            ("reg_fcs", "box_layers"),
+            ("fc_cls", "classifier"),
+            ("fc_reg", "deltas"),
+        )
+    ),
+)
+"""Instead of those for the RoI heads, whose stages have some of these names too."""
 _SIGNS = ("roi_head.", "bbox_head.", "rpn_head.")
 _CAFFE_MEAN = (122.7717, 115.9465, 102.9801)
 """R, G, B; that of FCOS's published weights."""
@@ -76,7 +101,8 @@ def convert(weights: Weights, num_classes: int | None = None) -> Converted:
     """Renames MMDetection's tensors.
 
     Args:
-        weights: checkpoint or state dict of a Faster, Mask, Cascade or Dynamic R-CNN, RetinaNet or FCOS.
+        weights: checkpoint or state dict of a Faster, Mask, Cascade, Dynamic or Sparse R-CNN, RetinaNet or
+            FCOS.
         num_classes: not looked at.
 
     Raises:
@@ -84,7 +110,9 @@ def convert(weights: Weights, num_classes: int | None = None) -> Converted:
     """
     _refuse_others(weights)
     tensors = fold_batch_norm(weights.tensors, ".bn", ".conv", ("neck.", "roi_head.", "bbox_head."))
-    converted = Converted(rename(tensors, (*_top_rules(tensors), *_tower_rules(tensors), *_RULES)))
+    sparse = _SPARSE_RULES if any("init_proposal" in name for name in tensors) else ()
+    rules = (*sparse, *_top_rules(tensors), *_tower_rules(tensors), *_RULES)
+    converted = Converted(rename(tensors, rules))
     # A detector with one stage has no number in its names.
     converted.tensors = rename(converted.tensors, [(r"box_head\.stages\.([a-z].*)", r"box_head.\1")])
     scales = sorted(name for name in tensors if re.fullmatch(r"bbox_head\.scales\.\d\.scale", name))
@@ -106,6 +134,8 @@ def settle(config: Any, weights: Weights) -> Any:
         pixel_mean=images.mean,
         pixel_std=images.std,
     )
+    if isinstance(config, SparseRCNNConfig):
+        return config
     if not hasattr(config, "rpn"):
         return _settle_dense(config, text)
     compact, cascade = "".join(text.split()), isinstance(config.box_head, CascadeHeadConfig)
@@ -179,10 +209,6 @@ def _tower_rules(tensors: dict[str, Tensor]) -> list[tuple[str, str]]:
 
 def _refuse_others(weights: Weights) -> None:
     tensors, source = weights.tensors, weights.source
-    if any("init_proposal" in name for name in tensors):
-        raise WeightsError(
-            f"{source} holds a Sparse R-CNN of {NAME}, a detector that drcnn does not have yet"
-        )
     if "bbox_head.fc_cls.weight" in tensors or "bbox_head.shared_fcs.0.weight" in tensors:
         raise WeightsError(
             f"{source} is of MMDetection 1, whose boxes and classes differ; "

@@ -7,6 +7,7 @@ import sys
 import pytest
 from pycocotools.coco import COCO
 
+from drcnn import presets, sparse_presets
 from drcnn.cli import main as drcnn
 from drcnn.engine.checkpoint import load_checkpoint, save_checkpoint
 from drcnn.engine.evaluator import evaluate_results
@@ -123,6 +124,35 @@ def test_a_split_without_annotations_gives_results_only(tiny_run, tiny_data, tin
     assert "not scored" in capsys.readouterr().out
     assert (tiny_run / "eval" / "results_test.json").exists()
     assert not (tiny_run / "eval" / "metrics_test.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "stages"),
+    [(presets.light_cascade_rcnn(4), 3), (sparse_presets.light_sparse_rcnn(4, proposals=10), 4)],
+    ids=["cascade", "sparse"],
+)
+def test_ap_by_stage(make_run, model, stages, capsys):
+    run = make_run(model)
+    assert main([str(run), "--stages"]) == 0
+    out = capsys.readouterr().out
+    rows = [line.split()[0] for line in out.splitlines()[-stages - 1 : -1]]
+    assert rows == [str(number) for number in range(1, stages + 1)]
+    saved = json.loads((run / "eval" / "metrics_val.json").read_text())
+    assert len(saved["stages"]) == stages and saved["stages"][-1] == saved["summary"]
+    assert main([str(run)]) == 0
+    plain = json.loads((run / "eval" / "metrics_val.json").read_text())
+    assert "stages" not in plain and plain["summary"] == saved["summary"]
+
+
+def test_ap_by_stage_needs_stages_and_annotations(tiny_run, make_run, tiny_data, tmp_path, tiny_coco, capsys):
+    assert main([str(tiny_run), "--stages"]) == 2
+    assert "this FasterRCNN has none" in error_of(capsys)
+    content = json.loads((tiny_coco / tiny_data.test.annotations).read_text())
+    del content["annotations"]
+    (tmp_path / "test.json").write_text(json.dumps(content))
+    flags = ["--stages", "--split", "test", "--data.test.annotations", str(tmp_path / "test.json")]
+    assert main([str(make_run(presets.light_cascade_rcnn(4))), *flags]) == 2
+    assert "the test split has none" in error_of(capsys)
 
 
 def test_help_explains_each_flag(capsys, tiny_run):

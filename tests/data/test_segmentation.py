@@ -213,7 +213,7 @@ def test_masks_follow_the_pixels(tiny_data, hflip, vflip):
         Segmentation((HEIGHT, WIDTH), polygons),
     ]
     boxes = np.array([BOX, BOX], np.float32)
-    picture, _, drawn = augment(image, boxes, config, np.random.default_rng(0), masks)
+    picture, _, drawn, _ = augment(image, boxes, config, np.random.default_rng(0), masks)
     assert drawn.shape == (2, 80, 120) and drawn.dtype == bool
     bright = picture[0].numpy() > 127
     assert (bright & drawn[0]).sum() / (bright | drawn[0]).sum() > 0.97

@@ -39,7 +39,7 @@ def test_boxes_follow_the_pixels(tiny_data, hflip, vflip):
     image[10:22, 30:75] = 255
     config = dataclasses.replace(tiny_data, short_sides=(120,), max_size=400, hflip=hflip, vflip=vflip)
     boxes = np.array([[30, 10, 75, 22]], dtype=np.float32)
-    picture, moved, _ = augment(image, boxes, config, np.random.default_rng(0))
+    picture, moved, _, _ = augment(image, boxes, config, np.random.default_rng(0))
     assert picture.shape == (3, 120, 180) and picture.dtype == torch.uint8 and type(picture) is torch.Tensor
     assert moved.dtype == torch.float32 and type(moved) is torch.Tensor
     assert moved[0].tolist() == bright_box(picture)
@@ -48,13 +48,13 @@ def test_boxes_follow_the_pixels(tiny_data, hflip, vflip):
 def test_each_axis_scales_by_its_own_factor(tiny_data):
     config = dataclasses.replace(tiny_data, short_sides=(50,), max_size=75, hflip=0.0)
     boxes = np.array([[0, 0, 101, 67], [0, 0, 0.01, 0.01]], dtype=np.float32)
-    picture, moved, _ = augment(np.zeros((67, 101, 3), np.uint8), boxes, config, np.random.default_rng(0))
+    picture, moved, _, _ = augment(np.zeros((67, 101, 3), np.uint8), boxes, config, np.random.default_rng(0))
     assert moved[0].tolist() == pytest.approx([0, 0, picture.shape[2], picture.shape[1]])
     assert len(moved) == 2  # nothing is dropped, however small
 
 
 def test_no_boxes(tiny_data):
-    _, moved, masks = augment(
+    _, moved, masks, _ = augment(
         np.zeros((67, 101, 3), np.uint8), np.zeros((0, 4), np.float32), tiny_data, np.random.default_rng(0)
     )
     assert moved.shape == (0, 4) and masks is None

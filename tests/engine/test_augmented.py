@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from drcnn import presets
+from drcnn import presets, sparse_presets
 from drcnn.config import Config, apply_overrides
 from drcnn.data import AugmentationConfig, View, eval_loader, eval_views, load_split, make_view, pad_view
 from drcnn.engine.augmented import detect_views, merge, move_boxes
@@ -26,6 +26,7 @@ DETECTORS = {
     "cascade-rcnn": replace(LIGHT, box_head=CASCADE),
     "retinanet": presets.light_retinanet(4),
     "fcos": presets.light_fcos(4),
+    "sparse-rcnn": sparse_presets.light_sparse_rcnn(4, proposals=30),
 }
 on_detectors = pytest.mark.parametrize("name", DETECTORS)
 

@@ -1,8 +1,12 @@
+import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 
+from drcnn import presets
+from drcnn.config import Config, to_dict
 from drcnn.engine.checkpoint import (
     changed_settings,
     config_differences,
@@ -10,6 +14,8 @@ from drcnn.engine.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from drcnn.engine.optim import OptimConfig
+from drcnn.engine.trainer import TrainConfig
 from drcnn.errors import ConfigError, TrainingError, WeightsError
 
 
@@ -122,21 +128,36 @@ def test_differences_of_configs():
     assert config_differences(old, new) == {"optim.lr": (0.1, 0.2), "optim.gone": (1, None)}
 
 
-def test_resume_refuses_another_model_and_tells_of_other_changes():
-    state = make_state()
-    plain = state["config"]
+def test_resume_refuses_another_model_and_tells_of_other_changes(tiny_data):
+    config = Config(presets.light_faster_rcnn(3), tiny_data)
+    state = make_state(config=to_dict(config))
     names = state["categories"]
-    assert changed_settings(state, plain, names, 10) == []
-    assert changed_settings(state, plain | {"optim": {"lr": 0.2}}, names, 10) == ["optim.lr 0.1 -> 0.2"]
-    assert changed_settings(state, plain | {"data": {"workers": 4}}, names, 10) == []
+
+    def changes(was=state, iterations=10, classes=names, **now):
+        return changed_settings(was, to_dict(replace(config, **now)), classes, iterations)
+
+    assert changes() == []
+    assert changes(optim=OptimConfig(lr=0.2)) == ["optim.lr 0.02 -> 0.2"]
+    assert changes(data=replace(tiny_data, workers=4)) == []
     # Another device or number of threads sums in another order.
-    for name, value in (("device", "cuda"), ("threads", 4)):
-        was, now = (make_state(config={"train": {name: v}}) for v in (None, value))
-        moved = changed_settings(was, now["config"], names, 10)
-        assert moved == [f"train.{name} None -> {value}"]
+    assert changes(train=TrainConfig(device="cuda")) == ["train.device auto -> cuda"]
+    assert changes(train=TrainConfig(threads=4)) == ["train.threads None -> 4"]
     with pytest.raises(ConfigError, match=r"model\.num_classes 3, and now it is 4"):
-        changed_settings(state, plain | {"model": {"num_classes": 4}}, names, 10)
+        changes(model=replace(config.model, num_classes=4))
+    with pytest.raises(ConfigError, match=r"optim\.optimizer sgd, and now it is adamw"):
+        changes(optim=OptimConfig(optimizer="adamw"))
     with pytest.raises(ConfigError, match="classes a, b"):
-        changed_settings(state, plain, ["b", "a"], 10)
+        changes(classes=["b", "a"])
     with pytest.raises(ConfigError, match="is at iteration 3, after the last of 2"):
-        changed_settings(state, plain, names, 2)
+        changes(iterations=2)
+
+
+def test_a_field_that_an_earlier_drcnn_did_not_have_is_no_change(tiny_data):
+    plain = to_dict(Config(presets.light_faster_rcnn(3), tiny_data))
+    earlier = json.loads(json.dumps(plain))
+    del earlier["optim"]["optimizer"], earlier["optim"]["betas"], earlier["model"]["rpn"]["nms"]
+    state = make_state(config=earlier)
+    assert changed_settings(state, plain, state["categories"], 10) == []
+    with pytest.raises(ConfigError, match=r"optim\.optimizer sgd"):
+        plain["optim"]["optimizer"] = "adamw"
+        changed_settings(state, plain, state["categories"], 10)

@@ -1,7 +1,15 @@
 import pytest
 import torch
 
-from drcnn.engine.optim import OptimConfig, build_optimizer, describe_lr, describe_schedule, lr_at, set_lr
+from drcnn.engine.optim import (
+    OptimConfig,
+    build_optimizer,
+    describe_lr,
+    describe_schedule,
+    load_optimizer,
+    lr_at,
+    set_lr,
+)
 from drcnn.errors import ConfigError
 
 
@@ -35,10 +43,12 @@ def test_lr_without_warmup():
 
 
 def test_schedule_is_said_with_the_drops_that_will_come():
-    assert "180000 iterations, lr x 0.1 at 120000 and 160000" in describe_schedule(
+    assert "SGD, 180000 iterations, lr x 0.1 at 120000 and 160000" in describe_schedule(
         OptimConfig(iterations=180_000, milestones=(120_000, 160_000))
     )
-    assert "no drop" in describe_schedule(OptimConfig(iterations=100))
+    assert "AdamW, 100 iterations, no drop" in describe_schedule(
+        OptimConfig(optimizer="adamw", iterations=100)
+    )
 
 
 @pytest.mark.parametrize(
@@ -52,6 +62,8 @@ def test_schedule_is_said_with_the_drops_that_will_come():
         ("milestones", (20, 10)),
         ("milestones", (0,)),
         ("clip_norm", 0.0),
+        ("betas", (0.9, 1.0)),
+        ("betas", (float("nan"), 0.9)),
     ],
 )
 def test_impossible_values_are_refused(field, value):
@@ -71,14 +83,83 @@ def test_optimizer_holds_trained_weights_only():
     assert group["lr"] == 0.5
 
 
-def test_scaled_steps_never_read_the_device_and_survive_a_skipped_first_step(monkeypatch):
-    """Infinite gradients skip the first step; the others equal those of plain SGD."""
+def train(model, optimizer, steps, inputs):
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (model(inputs) - 1).square().mean().backward()
+        optimizer.step()
+
+
+def test_adamw_equals_its_equations():
+    """Loshchilov and Hutter, arXiv 1711.05101, algorithm 2; every weight decays, biases and norms too."""
+    config = OptimConfig(optimizer="adamw", lr=0.1, betas=(0.8, 0.9), weight_decay=0.3, warmup_iterations=0)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4)).double()
+    inputs = torch.rand(5, 4, dtype=torch.float64)
+    weights = [p.detach().clone() for p in model.parameters()]
+    means = [(torch.zeros_like(w), torch.zeros_like(w)) for w in weights]
+    optimizer = build_optimizer(config, model, 16)
+    for step in range(1, 6):
+        train(model, optimizer, 1, inputs)
+        for i, parameter in enumerate(model.parameters()):
+            first, second = means[i]
+            first = 0.8 * first + 0.2 * parameter.grad
+            second = 0.9 * second + 0.1 * parameter.grad**2
+            means[i] = first, second
+            move = first / (1 - 0.8**step) / ((second / (1 - 0.9**step)).sqrt() + 1e-8)
+            weights[i] = weights[i] - 0.1 * 0.3 * weights[i] - 0.1 * move
+            torch.testing.assert_close(parameter.detach(), weights[i], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_restored_optimizer_continues_bit_for_bit_with_its_own_settings(name, scaled, tmp_path):
+    inputs = torch.rand(4, 8)
+
+    def begin(lr):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(8, 8)
+        return model, build_optimizer(OptimConfig(optimizer=name, lr=lr), model, 16, scaled=scaled)
+
+    model, optimizer = begin(0.1)
+    train(model, optimizer, 3, inputs)
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
+    train(model, optimizer, 4, inputs)
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    again, restored = begin(0.2)
+    again.load_state_dict(state["model"])
+    load_optimizer(restored, state["optimizer"])
+    (group,) = restored.param_groups
+    assert group["lr"] == pytest.approx(0.2 / 3) and group["fused"] == (scaled or None)
+    set_lr(restored, optimizer.param_groups[0]["lr"])
+    train(again, restored, 4, inputs)
+    assert torch.equal(again.weight, model.weight) and torch.equal(again.bias, model.bias)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_count_of_steps_lies_where_the_form_of_adamw_expects_it(scaled):
+    """Fused AdamW counts on the device of its weights, the other form on the host."""
+    config, weights = OptimConfig(optimizer="adamw"), torch.nn.Linear(2, 2)
+    saved = build_optimizer(config, weights, 16, scaled=not scaled)
+    train(weights, saved, 1, torch.rand(1, 2))
+    moved = torch.nn.Linear(2, 2, device="meta")
+    optimizer = build_optimizer(config, moved, 16, scaled=False)
+    for group in optimizer.param_groups:
+        group["fused"] = scaled or None  # as on a GPU; torch has no fused form on the meta device
+    load_optimizer(optimizer, saved.state_dict())
+    for state in optimizer.state.values():
+        assert state["exp_avg"].is_meta and state["step"].is_meta == scaled
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_scaled_steps_never_read_the_device_and_survive_a_skipped_first_step(monkeypatch, name):
+    """Infinite gradients skip the first step; the others equal those of the plain optimizer."""
     inputs = torch.rand(4, 8, generator=torch.Generator().manual_seed(0))
 
     def train(scaled):
         torch.manual_seed(0)
         model = torch.nn.Linear(8, 8)
-        optimizer = build_optimizer(OptimConfig(lr=1.0), model, 16, scaled=scaled)
+        optimizer = build_optimizer(OptimConfig(name, lr=1.0), model, 16, scaled=scaled)
         scaler = torch.amp.GradScaler("cpu", enabled=scaled)
         for step in range(5):
             optimizer.zero_grad()

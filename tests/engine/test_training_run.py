@@ -5,13 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from drcnn.config import load_config, to_dict
-from drcnn.data import load_split, train_loader
+from drcnn.data import CropConfig, load_split, train_loader
 from drcnn.engine.checkpoint import load_checkpoint
 from drcnn.engine.trainer import Trainer, iteration_seed
 from drcnn.errors import TrainingError
@@ -20,7 +21,7 @@ from drcnn.train import main
 TEMPLATE = """
 from drcnn import presets
 from drcnn.config import Config
-from drcnn.data import AugmentationConfig, DataConfig, SplitConfig
+from drcnn.data import AugmentationConfig, CropConfig, DataConfig, SplitConfig
 from drcnn.dynamics import DynamicTrainingConfig
 from drcnn.engine.trainer import TrainConfig
 from drcnn.models import AnchorConfig, BoxHeadConfig, FasterRCNNConfig, FPNConfig, ResNetConfig, RPNConfig
@@ -95,7 +96,7 @@ def test_run_folder_holds_all(unbroken):
     first = records(run)[0]
     assert {"loss", "loss_rpn_objectness", "loss_rpn_box", "loss_classification", "loss_box"} <= first.keys()
     assert {"iou_threshold", "beta", "grad_norm", "lr", "epoch", "time_per_step", "memory_mb"} <= first.keys()
-    parts = sum(v for k, v in first.items() if k.startswith("loss_"))
+    parts = sum(v for k, v in first.items() if k.startswith("loss_") and "share" not in k)
     assert first["loss"] == pytest.approx(parts, rel=1e-6)
     assert first["epoch"] == pytest.approx(4 / 12)
     assert [(r["step"], r["split"]) for r in records(run, evaluations=True)] == [(20, "val"), (20, "test")]
@@ -196,6 +197,27 @@ def test_resume_in_the_middle_of_a_log_window(unbroken, tmp_path, monkeypatch):
     assert records(out)[-1]["loss"] == pytest.approx(sum(expected) / 4, rel=1e-12)
 
 
+def test_adamw_resumes_bit_for_bit_and_no_other_optimizer_continues(tiny, tmp_path, monkeypatch, capsys):
+    flags = ["--optim.optimizer", "adamw", "--optim.lr", "1e-3", "--optim.iterations", "6"]
+    assert main([tiny, *flags, "--out", str(tmp_path / "whole")]) == 0
+    update = Trainer.update
+
+    def stop_in_step_3(self, *arguments):
+        if self.step == 2:
+            self.stop.signal = signal.SIGTERM
+        update(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "update", stop_in_step_3)
+        assert main([tiny, *flags, "--out", str(tmp_path / "run")]) == 143
+    assert main([tiny, "--out", str(tmp_path / "run"), "--resume"]) == 2
+    assert "trained with optim.optimizer adamw, and now it is sgd" in capsys.readouterr().err
+    assert main([tiny, *flags, "--out", str(tmp_path / "run"), "--resume"]) == 0
+    assert "schedule: AdamW, 6 iterations" in capsys.readouterr().out
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert_same_weights(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
 def test_best_weights_are_evaluated_at_the_end(unbroken, tmp_path, monkeypatch):
     path, _ = unbroken
     out = tmp_path / "run"
@@ -240,6 +262,27 @@ def test_loss_that_is_not_finite_stops_and_names_the_images(tiny, tmp_path, caps
     assert not list(out.glob("checkpoints/*"))
 
 
+def test_training_goes_on_where_crops_leave_images_without_objects(tiny_data, tmp_path):
+    crop = CropConfig(probability=1.0, short_sides=(64,), min_size=12, max_size=12)
+    path = write_config(tmp_path, replace(tiny_data, crop=crop, batch_size=2, max_size=400))
+    assert main([path, "--out", str(tmp_path / "run"), "--optim.iterations", "4"]) == 0
+    data = load_config(path).data
+    batches = train_loader(load_split(data, "train"), data, seed=0, start_step=0, num_steps=4)
+    counts = [int(n) for batch in batches for n in batch.targets.valid.sum(dim=1)]
+    assert 0 in counts and len(records(tmp_path / "run")) == 4
+
+
+def test_gradients_are_clipped_by_the_norm_of_all_weights_together(tiny, tmp_path):
+    config = load_config(tiny, ["--optim.clip-norm", "1"])
+    trainer = Trainer(config, to_dict(config), tmp_path, resume=False, command="test")
+    weights = [p for p in trainer.model.parameters() if p.requires_grad]
+    norm = trainer.backward({"loss": torch.stack([(i + 1) * w.sum() for i, w in enumerate(weights)]).sum()})
+    expected = sum((i + 1) ** 2 * w.numel() for i, w in enumerate(weights)) ** 0.5
+    assert norm.item() == pytest.approx(expected, rel=1e-3)  # single precision
+    for i, weight in enumerate(weights):  # all by one factor
+        assert weight.grad.unique().tolist() == pytest.approx([(i + 1) / norm.item()], rel=1e-4)
+
+
 def test_weights_that_are_not_finite_are_never_written(tiny, tmp_path):
     config = load_config(tiny)
     trainer = Trainer(config, to_dict(config), tmp_path, resume=False, command="test")
@@ -259,11 +302,12 @@ def test_autocast_trains(tiny, tmp_path, amp):
     assert (load_checkpoint(out / "checkpoints" / "last.pt")["scaler"] != {}) == (amp == "fp16")
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("order", [("off", "fp16"), ("fp16", "off"), ("fp16", "fp16")])
-def test_resume_with_another_number_type(tiny, tmp_path, order):
+def test_resume_with_another_number_type(tiny, tmp_path, order, optimizer):
     out = ["--out", str(tmp_path / "run")]
     for resume, amp in enumerate(order):
-        flags = ["--train.amp", amp, "--optim.iterations", str(2 + resume)]
+        flags = ["--train.amp", amp, "--optim.iterations", str(2 + resume), "--optim.optimizer", optimizer]
         assert main([tiny, *flags, *out, *(["--resume"] * resume)]) == 0
     assert [r["step"] for r in records(tmp_path / "run")] == [1, 2, 3]
 

@@ -231,7 +231,7 @@ def test_assignment(golden):
         gt_boxes = torch.from_numpy(golden.inputs.gt_boxes(i))[None]
         gt_labels = torch.from_numpy(golden.inputs.gt_labels(i))[None]
         targets = Targets(gt_boxes, gt_labels, torch.ones_like(gt_labels, dtype=torch.bool))
-        labels, _, counted = head.assign(boxes, targets)
+        labels, _, counted, _ = head.assign(boxes, targets)
         match = match_boxes(boxes, gt_boxes)
         expected = golden.ops[f"match{i}.retina.gt_inds"]
         np.testing.assert_array_equal(labels[0] < 80, expected > 0)

@@ -135,7 +135,8 @@ def test_mask_loss_is_that_of_positives_and_their_own_class():
     images, targets = batch()
     features = model.fpn(model.backbone(model.normalize(images)))[:-1]
     proposals, valid, _ = model.rpn(features + [features[-1][..., ::2, ::2]], images)
-    _, samples = model.box_head.losses(features, proposals, valid, images, targets, model.dynamics)
+    policies = model.dynamics, model.scale
+    _, samples = model.box_head.losses(features, proposals, valid, images, targets, *policies)
     assert samples.labels.shape == (2, 16)
     with torch.no_grad():
         model.mask_head.logits.weight.normal_()
@@ -201,8 +202,8 @@ def test_each_stage_trains_on_the_boxes_that_the_one_before_refined(monkeypatch)
 
 
 def spy(sample, seen: list):
-    def recorded(proposals: Tensor, valid: Tensor, targets: Targets, policy):
-        samples = sample(proposals, valid, targets, policy)
+    def recorded(proposals: Tensor, valid: Tensor, images: ImageBatch, targets: Targets, policy):
+        samples = sample(proposals, valid, images, targets, policy)
         seen.append((proposals, valid, policy, samples))
         return samples
 
@@ -218,7 +219,8 @@ def test_weights_of_the_stages_and_gradient_into_the_pyramid():
         proposals = targets.boxes.repeat(1, 4, 1) + 2
         valid = targets.valid.repeat(1, 4)
         torch.manual_seed(0)
-        found, _ = model.box_head.losses(features[:-1], proposals, valid, images, targets, model.dynamics)
+        policies = model.dynamics, model.scale
+        found, _ = model.box_head.losses(features[:-1], proposals, valid, images, targets, *policies)
         weights = [features[0], model.box_head.stages[1].fc1.weight]
         gradients.append(torch.autograd.grad(sum(found.values()), weights))
         losses.append(found)

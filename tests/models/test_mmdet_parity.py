@@ -255,7 +255,9 @@ def test_losses_of_the_heads_on_given_proposals(golden):
         pooled = model.fpn(model.backbone(model.normalize(images)))[:-1]
     proposals = torch.stack([torch.from_numpy(golden.inputs.proposals(i)) for i in range(2)])
     valid = torch.ones(proposals.shape[:2], dtype=torch.bool)
-    losses, samples = model.box_head.losses(pooled, proposals, valid, images, targets, model.dynamics)
+    losses, samples = model.box_head.losses(
+        pooled, proposals, valid, images, targets, model.dynamics, model.scale
+    )
     recorded = golden.values["roi_fixed"]
     expected = recorded_losses(golden, recorded["losses"])
     assert losses.keys() == expected.keys() - {"loss_mask"}

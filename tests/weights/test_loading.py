@@ -11,9 +11,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from drcnn import presets
+from drcnn.dynamics import DynamicProposalsConfig, LearnedProposalsConfig, OptimalTransportConfig
 from drcnn.errors import WeightsError
-from drcnn.models import ResNetConfig
+from drcnn.models import FPNConfig, ResNetConfig, SparseHeadConfig, SparseRCNNConfig
 from drcnn.weights import load_backbone_weights, load_weights, read_state_dict
+from drcnn.weights.architecture import detector_config
 
 
 def light(classes=3) -> nn.Module:
@@ -81,6 +83,28 @@ def test_another_number_of_classes_is_recognised_as_the_cause():
     assert set(report.misshaped) == {
         f"box_head.{layer}.{kind}" for layer in ("classifier", "deltas") for kind in ("weight", "bias")
     }
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_sparse_detector_is_told_by_its_tensors(dynamic):
+    head = SparseHeadConfig(2, dynamic_channels=8, ffn_channels=24, class_layers=2, box_layers=1, pool_size=5)
+    config = SparseRCNNConfig(
+        7,
+        ResNetConfig("resnet18", norm="gn"),
+        FPNConfig(16, top="none"),
+        LearnedProposalsConfig(11),
+        head,
+    )
+    if dynamic:
+        proposals = DynamicProposalsConfig(11, experts=3, staircase=False, grid=6, hidden=10)
+        config = replace(config, proposals=proposals, assignment=OptimalTransportConfig())
+    weights = config.build().state_dict()
+    assert detector_config(weights, "x") == config
+    other = replace(config, num_classes=5).build()
+    with pytest.raises(WeightsError, match="another number of classes"):
+        load_weights(other, weights)
+    names = {f"head.stages.{s}.classifier.{kind}" for s in range(2) for kind in ("weight", "bias")}
+    assert set(load_weights(other, weights, partial=True).misshaped) == names
 
 
 def test_weights_of_something_else():

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from drcnn.dynamics import Assignment, DynamicTrainingConfig, regression_error
+from drcnn.dynamics import Assignment, DynamicTrainingConfig, ScaleTraining, regression_error
 from drcnn.dynamics.training import batch_statistics
 from drcnn.models.roi_heads import Samples
 from drcnn.ops import assign_targets, match_boxes
-from drcnn.structures import Targets
+from drcnn.structures import ImageBatch, Targets
 from drcnn.weights import Weights, load_weights, recognise
 
 EVERYTHING = 1005
@@ -51,7 +51,8 @@ def losses(case, name: str, valid: list[bool]):
     dynamics = policy(name)
     present = torch.ones(proposals.shape[:2], dtype=torch.bool)
     model.zero_grad()
-    found, _ = model.box_head.losses(features, proposals, present, None, targets, dynamics)
+    images = ImageBatch(torch.empty(0), torch.empty(0))
+    found, _ = model.box_head.losses(features, proposals, present, images, targets, dynamics, ScaleTraining())
     return found, dynamics.sums
 
 
@@ -114,9 +115,16 @@ def test_what_the_default_sampler_drew(case, golden):
     rows = index.unsqueeze(-1).expand(-1, -1, 4)
     everything = torch.ones_like(index, dtype=torch.bool)
     samples = Samples(
-        boxes.gather(1, rows), labels.gather(1, index), deltas.gather(1, rows), index, ~everything, everything
+        boxes.gather(1, rows),
+        labels.gather(1, index),
+        deltas.gather(1, rows),
+        gt_index=index,
+        area=index,
+        is_gt=~everything,
+        valid=everything,
+        max_positive=model.box_head.config.samples // 4,
     )
-    found, _ = model.box_head.sampled_losses(features, samples, policy("thr0.5_beta1.0"))
+    found, _ = model.box_head.sampled_losses(features, samples, policy("thr0.5_beta1.0"), ScaleTraining())
     assert found["loss_classification"].item() == pytest.approx(values["losses"]["loss_cls"], rel=1e-5)
     assert found["loss_box"].item() == pytest.approx(values["losses"]["loss_bbox"], rel=1e-5)
     all_valid = torch.ones_like(labels, dtype=torch.bool)

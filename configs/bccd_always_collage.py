@@ -1,0 +1,11 @@
+"""Faster R-CNN on collages alone, light, from scratch on a CPU, on blood cells (BCCD)."""
+
+from drcnn import presets
+from drcnn.config import Config
+from drcnn.dynamics import ScaleTrainingConfig
+
+config = Config(
+    model=presets.scale_training(presets.light_faster_rcnn(num_classes=3), ScaleTrainingConfig("always")),
+    data=presets.small_images("data/bccd"),
+    optim=presets.short_schedule(600),
+)

@@ -1,0 +1,10 @@
+"""Dynamic Sparse R-CNN, light, from scratch on a CPU, on nuclei (Data Science Bowl 2018)."""
+
+from drcnn import presets, sparse_presets
+from drcnn.config import Config
+
+config = Config(
+    model=sparse_presets.light_dynamic_sparse_rcnn(num_classes=1, proposals=300),
+    data=presets.small_images("data/dsb2018"),
+    optim=sparse_presets.short_sparse_schedule(600),
+)

@@ -1,0 +1,10 @@
+"""Faster R-CNN with dynamic scale training, ResNet-101-FPN, 1x, on COCO 2017."""
+
+from drcnn import presets
+from drcnn.config import Config
+
+config = Config(
+    model=presets.scale_training(presets.faster_rcnn("resnet101")),
+    data=presets.coco(),
+    optim=presets.schedule(1),
+)

@@ -1,0 +1,10 @@
+"""FCOS with dynamic scale training, ResNet-101-FPN, 1x, on COCO 2017."""
+
+from drcnn import presets
+from drcnn.config import Config
+
+config = Config(
+    model=presets.scale_training(presets.fcos("resnet101")),
+    data=presets.coco(),
+    optim=presets.dense_schedule(1),
+)

@@ -1,0 +1,10 @@
+"""Faster R-CNN, ResNet-50-FPN, 1x, on COCO 2017 at short sides from 800 to 1200."""
+
+from drcnn import presets
+from drcnn.config import Config
+
+config = Config(
+    model=presets.faster_rcnn("resnet50"),
+    data=presets.multi_scale(presets.coco(), 800, 1200),
+    optim=presets.schedule(1),
+)
