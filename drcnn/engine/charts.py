@@ -62,7 +62,7 @@ EXACT = {
 NOISY = {
     "expert_entropy": ("Entropy of the experts' weights", "1 = all alike", 0.0),
     "positives_per_gt": ("Positives per ground truth", "predictions", 0.0),
-    "conflicts": ("Conflicts of the assignment", "share of predictions", 0.0),
+    "conflict_share": ("Conflicts of the assignment", "share of predictions", 0.0),
 }
 """What is drawn with its running mean."""
 LOSSES = {
@@ -246,7 +246,7 @@ def _finish(axes: Axes, runs: Sequence[Run], name: str, unit: str, least: float 
     axes.set_ylabel(unit)
     low, high = axes.get_ylim()
     if least is not None:
-        axes.set_ylim(least, max(high, least + 1e-12))
+        _rise_from(axes, least, 0.0)
     elif high - low < 0.1:  # a threshold that hardly moves looks so
         axes.set_ylim((low + high) / 2 - 0.1, (low + high) / 2 + 0.1)
     if axes.get_ylim()[1] < 0.005:
@@ -261,6 +261,13 @@ def _finish(axes: Axes, runs: Sequence[Run], name: str, unit: str, least: float 
                 for s in range(stages)
             ],
         )
+
+
+def _rise_from(axes: Axes, least: float, room: float) -> None:
+    """Starts the axis at ``least`` and ends it above the data, ``room`` from there or more."""
+    height = axes.dataLim.y1 - least
+    top = max(1.06 * height, room) if np.isfinite(height) else room
+    axes.set_ylim(least, least + (top or 1.0))
 
 
 def _key(axes: Axes, handles: Sequence[Line2D | Patch]) -> None:
@@ -336,7 +343,7 @@ def _precision(runs: Sequence[Run], prefix: str, names: Sequence[str], title: st
                     # Splits other than val are evaluated once, at the end, with the best weights.
                     hollow = {} if split == "val" else {"linestyle": "", "markerfacecolor": "white"}
                     axes.plot(curve.steps, curve.values, **(look | {"linestyle": run.stroke} | hollow))
-        axes.set_ylim(0, None)
+        _rise_from(axes, 0.0, 0.05)
         axes.set_ylabel("AP (0 to 1)")
         look = dict(color="#333333", linestyle="", markersize=5)
         marks = zip(names, MARKERS, strict=False)
