@@ -36,7 +36,7 @@ def test_short_schedules_of_any_length():
     milestones = {n: presets.short_schedule(n).milestones for n in (1, 2, 3, 4, 5, 6, 600)}
     assert milestones == {1: (), 2: (1,), 3: (2,), 4: (2, 3), 5: (3, 4), 6: (4, 5), 600: (420, 540)}
     assert "no drop of the lr" in describe_schedule(presets.short_schedule(1))
-    with pytest.raises(ConfigError, match="optim.iterations must be positive, got 0"):
+    with pytest.raises(ConfigError, match=r"optim\.iterations must be positive, got 0"):
         presets.short_schedule(0)
 
 
