@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"--batch-size must be at least 1, got {arguments.batch_size}")
     file, state = read_state(arguments.run)
     config = apply_overrides(restore_config(state, str(file)), overrides)
-    device = distributed.pick_device(config.train.device)
+    device = distributed.rank_device(config.train.device)
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     with distributed.process_group(device):

@@ -198,12 +198,13 @@ def short_schedule(iterations: int, lr: float = 0.02, batch_size: int = 4) -> Op
         lr: learning rate for ``batch_size`` images.
         batch_size: images a step that ``lr`` is for.
     """
+    drops = {iterations * 7 // 10, iterations * 9 // 10}  # of few iterations the same one, or the first
     return OptimConfig(
         lr=lr,
         reference_batch=batch_size,
         warmup_iterations=min(100, iterations // 5),
         iterations=iterations,
-        milestones=(iterations * 7 // 10, iterations * 9 // 10),
+        milestones=tuple(sorted(drop for drop in drops if drop > 0)),
         clip_norm=10.0,
     )
 

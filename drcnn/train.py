@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
     if arguments.resume and arguments.overwrite:
         raise ConfigError("--resume continues a run and --overwrite deletes it; pass one of them")
     run = Path(arguments.out) if arguments.out else Path("runs") / path.stem
-    with distributed.process_group(distributed.pick_device(config.train.device)):
+    with distributed.process_group(distributed.rank_device(config.train.device)):
         prepare_run_folder(run, config, resume=arguments.resume, overwrite=arguments.overwrite)
         spoken = shlex.join(["drcnn", "train", *argv])
         trainer = Trainer(config, to_dict(config), run, resume=arguments.resume, command=spoken)
@@ -131,7 +131,7 @@ def dry_run(config: Config) -> None:
     """Prints what a run would do, from the config alone."""
     print_fields(config)
     model = build_model(config)
-    device = distributed.pick_device(config.train.device)
+    device = distributed.rank_device(config.train.device)
     print(describe_model(config, model))
     print(f"schedule: {describe_schedule(config.optim)}")
     print(f"lr: {describe_lr(config.optim, config.data.batch_size)}")

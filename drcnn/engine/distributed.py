@@ -52,6 +52,21 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def rank_device(name: str) -> torch.device:
+    """Resolves a device as :func:`pick_device` does, for a rank that torchrun may have started.
+
+    Raises:
+        ConfigError: as there, or if the ranks of this machine would share one GPU.
+    """
+    device, ranks = pick_device(name), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if ranks > 1 and device.type == "cuda" and ":" in name:
+        raise ConfigError(
+            f"--train.device {name} puts all {ranks} ranks of this machine on one GPU; "
+            "pass cuda, which gives each its own"
+        )
+    return device
+
+
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
     """Joins the ranks that torchrun started for as long as the block runs; does nothing without torchrun."""

@@ -57,7 +57,7 @@ class Trainer:
         self.config, self.plain_config, self.run, self.command = config, plain_config, run, command
         self.rank, self.world_size = distributed.rank(), distributed.world_size()
         main, fp16 = distributed.is_main(), config.train.amp == "fp16"
-        self.device = distributed.pick_device(config.train.device)
+        self.device = distributed.rank_device(config.train.device)
         if config.train.threads is not None:
             torch.set_num_threads(config.train.threads)
 

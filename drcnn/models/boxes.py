@@ -73,6 +73,23 @@ def has_size(boxes: Tensor, min_size: float) -> Tensor:
     return ((boxes[..., 2:] - boxes[..., :2]) >= min_size).all(dim=-1)
 
 
+def inside_images(boxes: Tensor, sizes: Tensor, border: float) -> Tensor:
+    """Tells which boxes leave their image by at most some pixels.
+
+    As in MMDetection, the right and the lower side must stay below the limit, the others may lie on it.
+
+    Args:
+        boxes (Tensor[B, N, 4]): xyxy in pixels.
+        sizes (Tensor[B, 2]): int64 height and width of each image.
+        border: pixels; 0 keeps boxes that are wholly inside.
+
+    Returns:
+        Tensor[B, N]: bool.
+    """
+    limit = sizes.flip(-1).unsqueeze(1) + border
+    return (boxes[..., :2] >= -border).all(dim=-1) & (boxes[..., 2:] < limit).all(dim=-1)
+
+
 def paired_iou(a: Tensor, b: Tensor) -> Tensor:
     """Computes the IoU of each box with its partner, with gradients to both.
 

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from drcnn.models.anchors import AnchorConfig, grid_anchors
-from drcnn.models.boxes import clip_boxes, decode_deltas, has_size
+from drcnn.models.boxes import clip_boxes, decode_deltas, has_size, inside_images
 from drcnn.models.samplers import sample_slots
 from drcnn.ops import assign_targets, match_boxes, nms, smooth_l1
+from drcnn.ops.match_boxes import MatchResult
 from drcnn.structures import ImageBatch, Targets
 
 DELTA_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
@@ -30,6 +31,8 @@ class RPNConfig:
     """An anchor is background under this IoU; between the two it is not trained on."""
     low_quality_iou: float = 0.0
     """Least IoU of a ground truth's best anchors that makes them objects."""
+    allowed_border: float | None = None
+    """Anchors that leave their image by more than these pixels are not trained on; None: all are."""
     samples: int = 256
     """Anchors per image in the loss."""
     positive_fraction: float = 0.5
@@ -68,6 +71,10 @@ class RPN(nn.Module):
         if len(config.anchors.sizes) != len(strides):
             raise ValueError(
                 f"anchors.sizes must have one for each of {len(strides)} levels, got {config.anchors.sizes}"
+            )
+        if config.allowed_border is not None and config.allowed_border < 0:
+            raise ValueError(
+                f"rpn.allowed_border must be at least 0, or None for no limit, got {config.allowed_border}"
             )
         self.config = config
         self.strides = tuple(strides)
@@ -141,6 +148,18 @@ class RPN(nn.Module):
         proposals = proposals.gather(1, kept.index.unsqueeze(-1).expand(-1, -1, 4))
         return torch.where(kept.valid.unsqueeze(-1), proposals, 0.0), kept.valid
 
+    def _match(self, anchors: Tensor, sizes: Tensor, targets: Targets) -> tuple[MatchResult, Tensor, Tensor]:
+        """Tells which anchors are objects and which are background; the others are not trained on."""
+        config, allowed = self.config, None
+        if config.allowed_border is not None:
+            allowed = inside_images(anchors, sizes, config.allowed_border)
+            # An empty box overlaps nothing, and so is no ground truth's best either.
+            anchors = torch.where(allowed.unsqueeze(-1), anchors, 0.0)
+        match = match_boxes(anchors, targets.boxes, targets.valid, config.low_quality_iou)
+        positive = (match.max_iou >= config.foreground_iou) | match.is_best
+        negative = (match.max_iou < config.background_iou) & ~positive
+        return match, positive, negative if allowed is None else negative & allowed
+
     def _losses(
         self, logits: Tensor, deltas: Tensor, anchors: Tensor, images: ImageBatch, targets: Targets
     ) -> dict[str, Tensor]:
@@ -148,9 +167,7 @@ class RPN(nn.Module):
         samples = config.samples // images.parts
         with torch.no_grad():
             anchors = anchors.expand(len(logits), -1, -1)
-            match = match_boxes(anchors, targets.boxes, targets.valid, config.low_quality_iou)
-            positive = (match.max_iou >= config.foreground_iou) | match.is_best
-            negative = (match.max_iou < config.background_iou) & ~positive
+            match, positive, negative = self._match(anchors, images.sizes, targets)
             most = int(samples * config.positive_fraction)
             index, valid = sample_slots(positive, negative, samples, most)
             is_object = positive.gather(1, index) & valid

@@ -79,6 +79,8 @@ _RPN_TEST = re.compile(rf"test_cfg=dict\((?:rcnn=dict\({_NESTED}\),)?rpn=dict\((
 _DENSE_TEST = re.compile(rf"test_cfg=dict\(((?!rpn|rcnn|type){_NESTED})\)")
 _NMS = re.compile(r"\bnms(?:_thr=|=dict\([^)]*?iou_thr(?:eshold)?=)([0-9.]+)")
 """Where a config's text, without spaces, says which proposals are dropped in testing."""
+_BORDER = re.compile(r"\ballowed_border=(-?[0-9.]+)")
+"""Where it says which anchors are not trained on; below 0, all are."""
 
 
 class _Input(NamedTuple):
@@ -136,11 +138,13 @@ def settle(config: Any, weights: Weights) -> Any:
         return config
     if not hasattr(config, "rpn"):
         return _settle_dense(config, text)
-    proposals = _RPN_TEST.search("".join(text.split()))
+    compact, cascade = "".join(text.split()), isinstance(config.box_head, CascadeHeadConfig)
+    proposals, border = _RPN_TEST.search(compact), _BORDER.search(compact)
     threshold = proposals and _NMS.search(proposals[1])
-    if threshold:
-        config = replace(config, rpn=replace(config.rpn, nms=float(threshold[1])))
-    if isinstance(config.box_head, CascadeHeadConfig):
+    pixels = float(border[1]) if border else 0.0 if cascade else -1.0
+    rpn = replace(config.rpn, allowed_border=pixels if pixels >= 0 else None)
+    config = replace(config, rpn=replace(rpn, nms=float(threshold[1])) if threshold else rpn)
+    if cascade:
         head = replace(config.box_head, delta_weights=_CASCADE_WEIGHTS, average="logits")
         config = replace(config, box_head=head)
     if "DynamicRoIHead" in text:

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from drcnn import presets
 from drcnn.engine.optim import (
     OptimConfig,
     build_optimizer,
@@ -29,6 +30,14 @@ from drcnn.errors import ConfigError
 )
 def test_lr_of_the_1x_schedule(iteration, expected):
     assert lr_at(OptimConfig(), iteration, 16) == pytest.approx(expected, rel=1e-12)
+
+
+def test_short_schedules_of_any_length():
+    milestones = {n: presets.short_schedule(n).milestones for n in (1, 2, 3, 4, 5, 6, 600)}
+    assert milestones == {1: (), 2: (1,), 3: (2,), 4: (2, 3), 5: (3, 4), 6: (4, 5), 600: (420, 540)}
+    assert "no drop of the lr" in describe_schedule(presets.short_schedule(1))
+    with pytest.raises(ConfigError, match=r"optim\.iterations must be positive, got 0"):
+        presets.short_schedule(0)
 
 
 def test_lr_is_scaled_to_the_batch():

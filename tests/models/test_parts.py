@@ -5,11 +5,13 @@ import torch
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
-from drcnn.models.anchors import cell_anchors, grid_anchors
+from drcnn.models.anchors import AnchorConfig, cell_anchors, grid_anchors
 from drcnn.models.backbone import ResNetConfig
-from drcnn.models.boxes import clip_boxes, decode_deltas, has_size
+from drcnn.models.boxes import clip_boxes, decode_deltas, has_size, inside_images
 from drcnn.models.fpn import FPNConfig
+from drcnn.models.rpn import RPNConfig
 from drcnn.models.samplers import sample_slots
+from drcnn.structures import ImageBatch, Targets
 
 
 @pytest.mark.parametrize(
@@ -66,6 +68,38 @@ def test_decoding_by_hand_clipping_and_size():
     clipped = clip_boxes(decoded, torch.tensor([[100, 35]]))
     assert clipped.tolist() == [[[20.0, 0.0, 35.0, 100.0]]]
     assert has_size(clipped, 15.0).all() and not has_size(clipped, 15.1).any()
+
+
+def test_boxes_inside_their_images():
+    boxes = torch.tensor([[0.0, 0, 99, 49], [-1, 0, 50, 40], [0, -2, 50, 40], [0, 0, 100, 40], [0, 0, 9, 50]])
+    sizes = torch.tensor([[50, 100], [50, 200]])
+    found = [inside_images(boxes.expand(2, -1, -1), sizes, border).tolist() for border in (0.0, 1.0)]
+    assert found[0] == [[True, False, False, False, False], [True, False, False, True, False]]
+    assert found[1] == [[True, True, False, True, True]] * 2
+
+
+def test_anchors_across_the_border_are_not_trained_on():
+    images = ImageBatch(torch.zeros(2, 3, 64, 64), torch.tensor([[64, 64], [64, 48]]))
+    # The second image ends at its object; the anchor that fits best ends there too, and so is not inside.
+    boxes = torch.tensor([[[16.0, 16.0, 32.0, 32.0]], [[36.0, 16.0, 48.0, 32.0]]])
+    targets = Targets(boxes, torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1, dtype=torch.bool))
+    anchors = AnchorConfig(sizes=(16,), ratios=(1.0,))
+    trained, objects = [], []
+    for border in (None, 0.0):
+        rpn = RPNConfig(anchors, positive_fraction=1.0, allowed_border=border).build(8, (8,))
+        logits = torch.zeros(2, 64, requires_grad=True)
+        grid = grid_anchors(rpn.cells[0], 8, 8, 8)
+        losses = rpn._losses(logits, torch.zeros(2, 64, 4), grid, images, targets)
+        losses["loss_rpn_objectness"].backward()
+        trained.append((logits.grad != 0).view(2, 8, 8))
+        objects.append((logits.grad < 0).view(2, 8, 8).nonzero().tolist())
+    center = torch.arange(8) * 8  # of anchors of 16 pixels
+    inside = torch.stack([(center >= 8) & (center + 8 < side) for side in (64, 48)])
+    inside = inside[:1].unsqueeze(-1) & inside.unsqueeze(1)
+    assert trained[0].sum() > 100 and torch.equal(trained[1], trained[0] & inside)
+    assert objects == [[[0, 3, 3], [1, 3, 5]], [[0, 3, 3], [1, 3, 4]]]
+    with pytest.raises(ValueError, match="allowed_border must be at least 0, or None for no limit, got -1"):
+        RPNConfig(allowed_border=-1.0).build(8, (4, 8, 16, 32, 64))
 
 
 @pytest.mark.parametrize(

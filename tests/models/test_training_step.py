@@ -44,7 +44,10 @@ def build(config, seed: int = 0) -> torch.nn.Module:
     return config.build().train()
 
 
-@pytest.mark.parametrize("config", [FASTER, DYNAMIC], ids=["faster", "dynamic"])
+INSIDE = replace(FASTER, rpn=replace(FASTER.rpn, allowed_border=0.0))
+
+
+@pytest.mark.parametrize("config", [FASTER, DYNAMIC, INSIDE], ids=["faster", "dynamic", "inside"])
 def test_training_forward_and_backward_trace_as_one_graph(config):
     torch.compiler.reset()
     model = build(config)

@@ -132,6 +132,17 @@ def test_thresholds_in_either_layout():
         assert _NMS.search(_RPN_TEST.search(text)[1])[1] == threshold
 
 
+def test_anchors_that_cascades_leave_out(golden):
+    """The published Cascade R-CNN trains on anchors inside the image alone; the text of a config decides."""
+    text = "train_cfg = dict(rpn=dict(sampler=dict(num=256), allowed_border={}, pos_weight=-1, debug=False))"
+    for name, plain in (("cascade_rcnn", 0.0), ("mask_rcnn", None)):
+        tensors = golden.state_dict(name)
+        borders = {"": plain, text.format(-1): None, text.format(0): 0.0, text.format(8): 8.0}
+        for cfg, expected in borders.items():
+            found = recognise(Weights(tensors, {"meta": {"cfg": cfg}}, "x.pth"))
+            assert found.config.rpn.allowed_border == expected
+
+
 def test_state_dicts_of_runs_are_read(golden):
     state = collections.OrderedDict((f"module.{n}", t) for n, t in golden.state_dict("retinanet").items())
     model = recognise(Weights(golden.state_dict("retinanet"), {}, "x")).config.build()
