@@ -127,7 +127,6 @@ class Metrics:
 
 def format_value(value: float) -> str:
     """Writes a number of :class:`Metrics` with three digits; an undefined one reads "n/a"."""
-    """Writes a number of :class:`Metrics` with three digits; an undefined one is "n/a"."""
     return "n/a" if value == UNDEFINED else f"{value:.3f}"
 
 

@@ -78,6 +78,7 @@ PUBLISHED = {
     "retinanet_r50_fpn_1x": (37, 38),
     "retinanet_r101_fpn_2x": (56, 57),
     "fcos_r50_fpn_1x": (32, 33),
+    "sparse_rcnn_r50_300_3x": (105.5, 106.5),
 }
 
 
