@@ -234,7 +234,7 @@ def gt_supply(
     units = torch.full_like(units, fixed_k) if fixed_k > 0 else units.floor().clamp(min=1)
     units = torch.where(gt_valid, (units - unit_offset).clamp(min=1), 0.0)
     total = units.sum(dim=1, keepdim=True)
-    most = max_share * count
+    most = torch.full_like(total, max_share * count)
     return torch.where(total > most, units * (most / total), units)
 
 
@@ -280,6 +280,28 @@ def _native(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     return torch.ops.drcnn.ota_assign(*arguments)
 
 
+@register("ota_assign", "triton")
+def _triton(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.drcnn_triton.ota_assign(*arguments)
+
+
+torch.library.define(
+    "drcnn_triton::ota_assign",
+    "(Tensor logits, Tensor boxes, Tensor gt_boxes, Tensor gt_labels, Tensor gt_valid, Tensor image_sizes,"
+    " float class_weight, float l1_weight, float giou_weight, float alpha, float gamma, int top_q, int fixed_k,"
+    " float unit_offset, float max_share, float epsilon, int iterations) -> (Tensor, Tensor, Tensor)",
+)
+
+
+# Triton is imported when a kernel runs: it is slow to import and absent where nobody asked for it.
+@torch.library.impl("drcnn_triton::ota_assign", ("cpu", "cuda"))
+def _triton_ota_assign(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+    from drcnn.kernels import ota_assign as kernels
+
+    return kernels.ota_assign(*arguments)
+
+
+@torch.library.register_fake("drcnn_triton::ota_assign")
 @_reference.register_fake
 def _fake(logits: Tensor, boxes: Tensor, gt_boxes: Tensor, *others) -> tuple[Tensor, Tensor, Tensor]:
     images, count = boxes.shape[:2]
