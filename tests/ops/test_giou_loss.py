@@ -1,4 +1,4 @@
-"""giou_loss: each backend against the reference, the reference against a plain formula and recorded values."""
+"""giou_loss: each backend against the reference, the reference against a formula and recorded values."""
 
 import numpy as np
 import pytest
