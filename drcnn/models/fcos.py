@@ -8,16 +8,16 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import generalized_box_iou_loss
 
 from drcnn.dynamics import mean_over_ranks
 from drcnn.models.anchors import grid_points
 from drcnn.models.backbone import ResNetConfig
 from drcnn.models.boxes import paired_iou
-from drcnn.models.dense import DenseDetector, by_cell, focal_loss, initialize_head, keep_best, strongest
+from drcnn.models.dense import DenseDetector, by_cell, initialize_head, keep_best, strongest
 from drcnn.models.fpn import FPNConfig
 from drcnn.models.suppression import SoftNms
 from drcnn.models.timm_backbone import TimmConfig
+from drcnn.ops import focal_loss, giou_loss
 from drcnn.structures import Detections, ImageBatch, Targets
 
 
@@ -174,18 +174,19 @@ class FCOSHead(nn.Module):
             positive = labels < self.num_classes
             central = torch.where(positive, centerness_of(points, wanted), 0.0)
             count, weight = mean_over_ranks(torch.stack([positive.sum(), central.sum()])).unbind()
-        classification = focal_loss(logits, labels, torch.ones_like(positive), config.alpha, config.gamma)
-        # Elsewhere a prediction is compared with itself, so that no gradient there can be infinite.
+        classification = focal_loss(logits, labels, None, config.alpha, config.gamma)
         predicted = boxes_around(points, distances)
-        wanted = torch.where(positive.unsqueeze(-1), wanted, predicted.detach())
         if config.box_loss == "giou":
-            box = generalized_box_iou_loss(predicted, wanted)
+            box = giou_loss(predicted, wanted, central)
         else:
+            # Elsewhere a prediction is compared with itself, so that no gradient there can be infinite.
+            wanted = torch.where(positive.unsqueeze(-1), wanted, predicted.detach())
             box = -paired_iou(predicted, wanted).clamp(min=1e-6).log()
+            box = torch.where(positive, box * central, 0.0).sum()
         center = F.binary_cross_entropy_with_logits(centerness, central, reduction="none")
         return {
             "loss_classification": classification / count.clamp(min=1),
-            "loss_box": torch.where(positive, box * central, 0.0).sum() / weight.clamp(min=1e-6),
+            "loss_box": box / weight.clamp(min=1e-6),
             "loss_centerness": torch.where(positive, center, 0.0).sum() / count.clamp(min=1),
         }
 
