@@ -1,11 +1,9 @@
-"""What RetinaNet and FCOS share: the way from images to a head, the focal loss, the choice at test."""
+"""What RetinaNet and FCOS share: from images to a head, the first weights of a head, the choice at test."""
 
 import math
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
-from torchvision.ops import sigmoid_focal_loss
 
 from drcnn.dynamics import PlainTraining
 from drcnn.models.boxes import clip_boxes, has_size
@@ -90,25 +88,6 @@ def by_cell(output: Tensor, values: int) -> Tensor:
         Tensor[B, H * W * A, values]: float32, by row, column and anchor.
     """
     return output.permute(0, 2, 3, 1).reshape(len(output), -1, values).float()
-
-
-def focal_loss(logits: Tensor, labels: Tensor, counted: Tensor, alpha: float, gamma: float) -> Tensor:
-    """Sums the sigmoid focal loss ``-alpha_t (1 - p_t)^gamma log(p_t)`` (RetinaNet, equation 5).
-
-    Args:
-        logits (Tensor[B, N, K]): of the classes.
-        labels (Tensor[B, N]): int64 in 0..K; K, the background, is no class.
-        counted (Tensor[B, N]): bool; others add nothing.
-        alpha: weight of the class that is there; of those that are not, 1 - alpha.
-        gamma: how fast the weight falls as a logit gets right.
-
-    Returns:
-        Tensor[]: the sum.
-    """
-    classes = torch.arange(logits.shape[-1], device=logits.device)
-    wanted = (labels.unsqueeze(-1) == classes).to(logits.dtype)
-    loss = sigmoid_focal_loss(logits, wanted, alpha, gamma)
-    return torch.where(counted.unsqueeze(-1), loss, 0.0).sum()
 
 
 def strongest(scores: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:

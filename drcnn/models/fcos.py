@@ -8,16 +8,16 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import generalized_box_iou_loss
 
 from drcnn.dynamics import ScaleTraining, ScaleTrainingConfig, box_area, mean_over_ranks
 from drcnn.models.anchors import grid_points
 from drcnn.models.backbone import ResNetConfig
 from drcnn.models.boxes import paired_iou
-from drcnn.models.dense import DenseDetector, by_cell, focal_loss, initialize_head, keep_best, strongest
+from drcnn.models.dense import DenseDetector, by_cell, initialize_head, keep_best, strongest
 from drcnn.models.fpn import FPNConfig
 from drcnn.models.suppression import SoftNms
 from drcnn.models.timm_backbone import TimmConfig
+from drcnn.ops import focal_loss, giou_loss
 from drcnn.structures import Detections, ImageBatch, Targets
 
 
@@ -178,24 +178,19 @@ class FCOSHead(nn.Module):
             area = box_area(wanted)
             central = torch.where(positive, centerness_of(points, wanted), 0.0)
             count, weight = mean_over_ranks(torch.stack([positive.sum(), central.sum()])).unbind()
-        # Elsewhere a prediction is compared with itself, so that no gradient there can be infinite.
         predicted = boxes_around(points, distances)
-        wanted = torch.where(positive.unsqueeze(-1), wanted, predicted.detach())
-        if config.box_loss == "giou":
-            box = generalized_box_iou_loss(predicted, wanted)
-        else:
-            box = -paired_iou(predicted, wanted).clamp(min=1e-6).log()
         center = F.binary_cross_entropy_with_logits(centerness, central, reduction="none")
 
-        def class_loss(chosen: Tensor) -> Tensor:
+        def class_loss(chosen: Tensor | None) -> Tensor:
             return focal_loss(logits, labels, chosen, config.alpha, config.gamma) / count.clamp(min=1)
 
         def box_loss(chosen: Tensor) -> Tensor:
-            return torch.where(chosen, box * central, 0.0).sum() / weight.clamp(min=1e-6)
+            weights = torch.where(chosen, central, 0.0)
+            return overlap_loss(predicted, wanted, weights, config.box_loss) / weight.clamp(min=1e-6)
 
         scale.record(area, positive, regression=box_loss, classification=class_loss)
         return {
-            "loss_classification": class_loss(torch.ones_like(positive)),
+            "loss_classification": class_loss(None),
             "loss_box": box_loss(positive),
             "loss_centerness": torch.where(positive, center, 0.0).sum() / count.clamp(min=1),
         }
@@ -274,6 +269,25 @@ def boxes_around(points: Tensor, distances: Tensor) -> Tensor:
         Tensor[..., 4]: xyxy in pixels.
     """
     return torch.cat([points - distances[..., :2], points + distances[..., 2:]], dim=-1)
+
+
+def overlap_loss(pred: Tensor, wanted: Tensor, weight: Tensor, kind: Literal["giou", "iou"]) -> Tensor:
+    """Sums the weighted losses of predicted boxes.
+
+    Args:
+        pred (Tensor[..., 4]): xyxy in pixels.
+        wanted (Tensor[..., 4]): xyxy in pixels.
+        weight (Tensor[...]): not negative; a box of weight 0 adds nothing, also to the gradient.
+        kind: 1 - GIoU, or -log IoU.
+
+    Returns:
+        Tensor[]: the sum.
+    """
+    if kind == "giou":
+        return giou_loss(pred, wanted, weight)
+    # A box without weight is compared with itself, so that no gradient there can be infinite.
+    wanted = torch.where((weight > 0).unsqueeze(-1), wanted, pred.detach())
+    return (-paired_iou(pred, wanted).clamp(min=1e-6).log() * weight).sum()
 
 
 def centerness_of(points: Tensor, boxes: Tensor) -> Tensor:

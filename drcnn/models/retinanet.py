@@ -11,11 +11,11 @@ from drcnn.dynamics import ScaleTraining, ScaleTrainingConfig, matched_area, mea
 from drcnn.models.anchors import AnchorConfig, grid_anchors
 from drcnn.models.backbone import ResNetConfig
 from drcnn.models.boxes import decode_deltas
-from drcnn.models.dense import DenseDetector, by_cell, focal_loss, initialize_head, keep_best, strongest
+from drcnn.models.dense import DenseDetector, by_cell, initialize_head, keep_best, strongest
 from drcnn.models.fpn import FPNConfig
 from drcnn.models.suppression import SoftNms
 from drcnn.models.timm_backbone import TimmConfig
-from drcnn.ops import assign_targets, match_boxes, smooth_l1
+from drcnn.ops import assign_targets, focal_loss, match_boxes, smooth_l1
 from drcnn.structures import Detections, ImageBatch, Targets
 
 DELTA_WEIGHTS = (1.0, 1.0, 1.0, 1.0)

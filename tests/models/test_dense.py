@@ -13,8 +13,9 @@ import torch.distributed as dist
 from drcnn import presets
 from drcnn.dynamics import ScaleTrainingConfig
 from drcnn.models import FCOSHeadConfig, FPNConfig, RetinaNetHeadConfig
-from drcnn.models.dense import focal_loss, strongest
+from drcnn.models.dense import strongest
 from drcnn.models.fcos import boxes_around, centerness_of
+from drcnn.ops import focal_loss
 from drcnn.structures import ImageBatch, Targets
 
 RETINANET, FCOS = (
