@@ -135,7 +135,7 @@ def sparse_schedule(epochs: int = 36) -> OptimConfig:
     )
 
 
-def short_sparse_schedule(iterations: int, lr: float = 1e-3, batch_size: int = 4) -> OptimConfig:
+def short_sparse_schedule(iterations: int, lr: float = 3e-4, batch_size: int = 4) -> OptimConfig:
     """AdamW for a short training from scratch: drops at 70 % and 90 %, gradients clipped.
 
     Args:
