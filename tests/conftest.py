@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 import torch
 
+from drcnn.config import Config
 from drcnn.data import DataConfig, SplitConfig, SyntheticConfig, make_synthetic
 
 
@@ -63,6 +65,25 @@ def tiny_data(tiny_coco) -> DataConfig:
         test_max_size=96,
         pad_step=32,
     )
+
+
+@pytest.fixture(scope="session")
+def write_config():
+    """Function that writes an experiment as a Python file such as those in ``configs/``."""
+
+    def classes(value: object) -> set[type]:
+        parts = value if isinstance(value, tuple) else ()
+        if is_dataclass(value):
+            parts = [getattr(value, item.name) for item in fields(value)]
+        found = set().union(*map(classes, parts))
+        return found | {type(value)} if is_dataclass(value) else found
+
+    def write(file: Path, config: Config) -> str:
+        imports = sorted(f"from {c.__module__} import {c.__qualname__}\n" for c in classes(config))
+        file.write_text(f"{''.join(imports)}\nconfig = {config!r}\n")
+        return str(file)
+
+    return write
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from drcnn import presets
 from drcnn.config import Config, to_dict
 from drcnn.convert import main
 from drcnn.engine.checkpoint import FORMAT, save_checkpoint
+from drcnn.engine.trainer import TrainConfig
 from drcnn.train import main as train
 
 
@@ -98,22 +99,13 @@ def test_help_and_module(checkpoint):
     assert not done.stderr
 
 
-CONFIG = """
-from drcnn import presets
-from drcnn.config import Config
-from drcnn.data import AugmentationConfig, DataConfig, SplitConfig
-from drcnn.engine.trainer import TrainConfig
-train = TrainConfig(log_every=1, pictures=0)
-config = Config(presets.light_faster_rcnn(4), {data}, presets.short_schedule(10), train)
-"""
-
-
-def test_a_run_begins_with_a_detectors_weights(checkpoint, tiny_data, tmp_path, capsys):
+def test_a_run_begins_with_a_detectors_weights(checkpoint, tiny_data, tmp_path, write_config, capsys):
     path, state = checkpoint
-    config = tmp_path / "config.py"
-    config.write_text(CONFIG.replace("{data}", repr(tiny_data)))
+    settings = presets.short_schedule(10), TrainConfig(log_every=1, pictures=0)
+    config = Config(presets.light_faster_rcnn(4), tiny_data, *settings)
+    file = write_config(tmp_path / "config.py", config)
     run = tmp_path / "run"
-    arguments = [str(config), "--out", str(run), "--train.weights", str(path), "--optim.lr", "1e-12"]
+    arguments = [file, "--out", str(run), "--train.weights", str(path), "--optim.lr", "1e-12"]
     assert train(arguments) == 2
     assert "another number of classes" in error_of(capsys)
     assert train([*arguments, "--train.partial-weights"]) == 0

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from drcnn import __version__
+from drcnn import __version__, presets
 from drcnn.cli import VERBS
 from drcnn.cli import main as drcnn
+from drcnn.config import Config
 from drcnn.engine.checkpoint import save_checkpoint
 from drcnn.train import main as train
 
@@ -17,16 +18,9 @@ R101 = str(REPOSITORY / "configs" / "r101_fpn_2x.py")
 
 
 @pytest.fixture
-def tiny(tmp_path, tiny_data):
-    path = tmp_path / "tiny.py"
-    path.write_text(
-        "from drcnn import presets\n"
-        "from drcnn.config import Config\n"
-        "from drcnn.data import AugmentationConfig, DataConfig, SplitConfig\n"
-        f"data = {tiny_data!r}\n"
-        "config = Config(presets.light_faster_rcnn(4), data, presets.short_schedule(20))\n"
-    )
-    return str(path)
+def tiny(tmp_path, tiny_data, write_config):
+    config = Config(presets.light_faster_rcnn(4), tiny_data, presets.short_schedule(20))
+    return write_config(tmp_path / "tiny.py", config)
 
 
 def error_of(capsys) -> str:

@@ -9,43 +9,39 @@ import pytest
 import torch
 from pycocotools import mask as oracle
 
+from drcnn import presets
+from drcnn.config import Config
 from drcnn.engine.checkpoint import load_checkpoint
 from drcnn.engine.metrics import Metrics
-from drcnn.engine.trainer import Trainer
+from drcnn.engine.trainer import TrainConfig, Trainer
 from drcnn.eval import main as evaluate
+from drcnn.models import (
+    AnchorConfig,
+    BoxHeadConfig,
+    FasterRCNNConfig,
+    FPNConfig,
+    MaskHeadConfig,
+    ResNetConfig,
+    RPNConfig,
+)
 from drcnn.predict import main as predict
 from drcnn.train import main as train
 
-TEMPLATE = """
-from drcnn import presets
-from drcnn.config import Config
-from drcnn.data import AugmentationConfig, DataConfig, SplitConfig
-from drcnn.engine.trainer import TrainConfig
-from drcnn.models import AnchorConfig, BoxHeadConfig, FasterRCNNConfig, FPNConfig
-from drcnn.models import MaskHeadConfig, ResNetConfig, RPNConfig
-
-config = Config(
-    FasterRCNNConfig(
-        4,
-        ResNetConfig("resnet18", norm="gn", frozen_stages=3),
-        FPNConfig(channels=16),
-        RPNConfig(AnchorConfig(sizes=(16, 32, 64, 128, 256)), pre_nms=100, post_nms=50, test_post_nms=50),
-        BoxHeadConfig(channels=32, samples=32, sampling_ratio=1, score_threshold=0.0, detections=5),
-        mask_head=MaskHeadConfig(channels=8, convs=1, sampling_ratio=1),
-    ),
-    {data},
-    presets.short_schedule(6),
-    TrainConfig(log_every=1, pictures=1),
+TINY = FasterRCNNConfig(
+    4,
+    ResNetConfig("resnet18", norm="gn", frozen_stages=3),
+    FPNConfig(channels=16),
+    RPNConfig(AnchorConfig(sizes=(16, 32, 64, 128, 256)), pre_nms=100, post_nms=50, test_post_nms=50),
+    BoxHeadConfig(channels=32, samples=32, sampling_ratio=1, score_threshold=0.0, detections=5),
+    mask_head=MaskHeadConfig(channels=8, convs=1, sampling_ratio=1),
 )
-"""
 
 
 @pytest.fixture
-def config_file(tmp_path, tiny_data):
+def config_file(tmp_path, tiny_data, write_config):
     def write(masks: bool) -> str:
-        path = tmp_path / "tiny.py"
-        path.write_text(TEMPLATE.replace("{data}", repr(replace(tiny_data, masks=masks))))
-        return str(path)
+        settings = presets.short_schedule(6), TrainConfig(log_every=1, pictures=1)
+        return write_config(tmp_path / "tiny.py", Config(TINY, replace(tiny_data, masks=masks), *settings))
 
     return write
 

@@ -11,47 +11,34 @@ from pathlib import Path
 import pytest
 import torch
 
-from drcnn.config import load_config, to_dict
-from drcnn.data import CropConfig, load_split, train_loader
+from drcnn import presets
+from drcnn.config import Config, load_config, to_dict
+from drcnn.data import CropConfig, DataConfig, SplitConfig, load_split, train_loader
+from drcnn.dynamics import DynamicTrainingConfig
 from drcnn.engine.checkpoint import load_checkpoint
-from drcnn.engine.trainer import Trainer, iteration_seed
+from drcnn.engine.trainer import TrainConfig, Trainer, iteration_seed
 from drcnn.errors import TrainingError
+from drcnn.models import AnchorConfig, BoxHeadConfig, FasterRCNNConfig, FPNConfig, ResNetConfig, RPNConfig
 from drcnn.train import main
 
-TEMPLATE = """
-from drcnn import presets
-from drcnn.config import Config
-from drcnn.data import AugmentationConfig, CropConfig, DataConfig, SplitConfig
-from drcnn.dynamics import DynamicTrainingConfig
-from drcnn.engine.trainer import TrainConfig
-from drcnn.models import AnchorConfig, BoxHeadConfig, FasterRCNNConfig, FPNConfig, ResNetConfig, RPNConfig
-
-config = Config(
-    FasterRCNNConfig(
-        4,
-        ResNetConfig("resnet18", norm="gn", frozen_stages=3),
-        FPNConfig(channels=16),
-        RPNConfig(AnchorConfig(sizes=(16, 32, 64, 128, 256)), pre_nms=100, post_nms=50, test_post_nms=50),
-        BoxHeadConfig(channels=32, samples=32, sampling_ratio=1),
-        training=DynamicTrainingConfig(window=5, iou_top_k=10),
-    ),
-    {data},
-    presets.short_schedule(20),
-    TrainConfig(log_every=1, pictures=0),
+TINY = FasterRCNNConfig(
+    4,
+    ResNetConfig("resnet18", norm="gn", frozen_stages=3),
+    FPNConfig(channels=16),
+    RPNConfig(AnchorConfig(sizes=(16, 32, 64, 128, 256)), pre_nms=100, post_nms=50, test_post_nms=50),
+    BoxHeadConfig(channels=32, samples=32, sampling_ratio=1),
+    training=DynamicTrainingConfig(window=5, iou_top_k=10),
 )
-"""
 COMPUTED = ("step", "epoch", "lr", "time_per_step", "data_time", "memory_mb")
 
 
-def write_config(folder: Path, data) -> str:
-    path = folder / "tiny.py"
-    path.write_text(TEMPLATE.replace("{data}", repr(data).replace("\n", " ")))
-    return str(path)
+def experiment(data: DataConfig) -> Config:
+    return Config(TINY, data, presets.short_schedule(20), TrainConfig(log_every=1, pictures=0))
 
 
 @pytest.fixture
-def tiny(tmp_path, tiny_data):
-    return write_config(tmp_path, tiny_data)
+def tiny(tmp_path, tiny_data, write_config):
+    return write_config(tmp_path / "tiny.py", experiment(tiny_data))
 
 
 def records(run, evaluations=False):
@@ -75,15 +62,13 @@ def assert_same_weights(a, b):
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory, tiny_coco):
+def unbroken(tmp_path_factory, tiny_coco, write_config):
     """A run of 20 steps that was never stopped."""
-    from drcnn.data import DataConfig, SplitConfig
-
     folder = tmp_path_factory.mktemp("unbroken")
     splits = [SplitConfig(f"images/{s}", f"annotations/instances_{s}.json") for s in ("train", "val", "test")]
     sizes = dict(short_sides=(64,), max_size=96, test_short_side=64, test_max_size=96, pad_step=32)
     data = DataConfig(str(tiny_coco), *splits, batch_size=4, workers=0, **sizes)
-    path = write_config(folder, data)
+    path = write_config(folder / "tiny.py", experiment(data))
     assert main([path, "--out", str(folder / "run")]) == 0
     return path, folder / "run"
 
@@ -262,11 +247,11 @@ def test_loss_that_is_not_finite_stops_and_names_the_images(tiny, tmp_path, caps
     assert not list(out.glob("checkpoints/*"))
 
 
-def test_training_goes_on_where_crops_leave_images_without_objects(tiny_data, tmp_path):
+def test_training_goes_on_where_crops_leave_images_without_objects(tiny_data, tmp_path, write_config):
     crop = CropConfig(probability=1.0, short_sides=(64,), min_size=12, max_size=12)
-    path = write_config(tmp_path, replace(tiny_data, crop=crop, batch_size=2, max_size=400))
+    data = replace(tiny_data, crop=crop, batch_size=2, max_size=400)
+    path = write_config(tmp_path / "tiny.py", experiment(data))
     assert main([path, "--out", str(tmp_path / "run"), "--optim.iterations", "4"]) == 0
-    data = load_config(path).data
     batches = train_loader(load_split(data, "train"), data, seed=0, start_step=0, num_steps=4)
     counts = [int(n) for batch in batches for n in batch.targets.valid.sum(dim=1)]
     assert 0 in counts and len(records(tmp_path / "run")) == 4
