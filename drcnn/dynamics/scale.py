@@ -24,6 +24,8 @@ from drcnn.structures import Targets
 
 ScaleControl = Literal["feedback", "always", "never", "random"]
 
+HISTOGRAM_BINS = 20
+
 _FEEDBACK = {"regression": (0,), "classification": (1,), "both": (0, 1), "input": (2,)}
 """Rows of ``ScaleTraining.sums`` that a feedback adds up."""
 
@@ -99,6 +101,7 @@ class ScaleTraining(nn.Module):
         collage (Tensor[]): bool, whether the next iteration uses collages.
         ratio (Tensor[]): float64, r_t of the last iteration.
         shares (Tensor[3]): float64, shares of small, medium and large objects in its regression loss.
+        histogram (Tensor[20]): int64, how many iterations had an r_t in each twentieth of 0..1.
     """
 
     sums: Tensor
@@ -108,6 +111,7 @@ class ScaleTraining(nn.Module):
     was_collage: Tensor
     iterations: Tensor
     collages: Tensor
+    histogram: Tensor
 
     def __init__(self, config: ScaleTrainingConfig | None = None) -> None:
         super().__init__()
@@ -122,6 +126,7 @@ class ScaleTraining(nn.Module):
         # Iterations decided on, and those of them that used collages.
         self.register_buffer("iterations", torch.tensor(0, dtype=torch.int64))
         self.register_buffer("collages", torch.tensor(0, dtype=torch.int64))
+        self.register_buffer("histogram", torch.zeros(HISTOGRAM_BINS, dtype=torch.int64))
 
     @torch.no_grad()
     def observe(self, targets: Targets) -> None:
@@ -177,6 +182,8 @@ class ScaleTraining(nn.Module):
         self.was_collage.copy_(self.collage)
         self.collages += self.collage
         self.iterations += 1
+        twentieth = (self.ratio * HISTOGRAM_BINS).long().clamp(max=HISTOGRAM_BINS - 1)
+        self.histogram.scatter_add_(0, twentieth.view(1), torch.ones_like(twentieth).view(1))
         if config.control == "feedback":
             self.collage.copy_(self.ratio <= config.threshold)
         elif config.control == "random":

@@ -33,7 +33,7 @@ SHORT_NAMES = {
 
 HIDDEN = ("step", "epoch", "lr", "loss", "time_per_step", "data_time", "memory_mb")
 HIDDEN += ("window_iou_count", "window_error_count")
-HIDDEN += ("loss_share_small", "loss_share_medium", "loss_share_large")
+HIDDEN += ("scale_histogram", "loss_share_small", "loss_share_medium", "loss_share_large")
 """Values of a record that have their own place on a line, or none."""
 
 HIDDEN_ZEROS = ("non_finite_statistics", "scale_collage")

@@ -192,6 +192,7 @@ class Trainer:
             "lr": lr_at(optim, self.step - 1, data.batch_size),
             **losses,
             **dynamics,
+            "scale_histogram": self.model.scale.histogram.tolist(),
             "time_per_step": seconds / self.timed_steps,
             "data_time": self.data_time / self.timed_steps,
             "memory_mb": memory_mb(self.device),

@@ -102,6 +102,8 @@ def test_each_decision_follows_from_the_logged_ratio_before(unbroken):
         assert record["epoch"] == pytest.approx(batches * 2 / 12)
     state = load_checkpoint(unbroken / "checkpoints/last.pt")
     assert state["position"] == batches and state["model"]["scale.collages"] == sum(collages)
+    twentieths = [min(int(20 * ratio), 19) for ratio in ratios]
+    assert records(unbroken)[-1]["scale_histogram"] == [twentieths.count(b) for b in range(20)]
     assert "collages 0." in (unbroken / "log.txt").read_text()
 
 
