@@ -149,7 +149,9 @@ def test_stopped_and_resumed_is_as_never_stopped(config_file, unbroken, tmp_path
 
 
 def test_a_checkpoint_from_before_scale_training_resumes(config_file, tmp_path):
-    out = ["--out", str(tmp_path / "run"), "--model.scale.control", "never"]
+    plain = {"control": "never", "threshold": 0.1, "small-area": 32**2, "medium-area": 96**2}
+    flags = [text for name, value in plain.items() for text in (f"--model.scale.{name}", str(value))]
+    out = ["--out", str(tmp_path / "run"), *flags]
     assert main([config_file, *out, "--optim.iterations", "2"]) == 0
     path = tmp_path / "run/checkpoints/last.pt"
     state = load_checkpoint(path)
