@@ -10,11 +10,11 @@
 #include <tuple>
 
 #include <cub/block/block_scan.cuh>
-#include <cub/device/device_radix_sort.cuh>
 
 #include "launch.h"
 #include "nms_arguments.h"
 #include "nms_buckets.h"
+#include "nms_workspace.h"
 
 namespace drcnn {
 namespace {
@@ -38,6 +38,19 @@ struct Workspace {
   bool* keep;       // by rank
   float4* kept_boxes;
   int64_t* kept_groups;  // kept boxes of a bucket, from the bucket's begin
+
+  static constexpr int64_t kBytes = sizeof(float4) + 3 * sizeof(uint64_t) + 3 * sizeof(uint32_t) + sizeof(bool);
+
+  void place(void* memory, int64_t total) {
+    kept_boxes = static_cast<float4*>(memory);
+    keys = reinterpret_cast<uint64_t*>(kept_boxes + total);
+    sorted_keys = keys + total;
+    kept_groups = reinterpret_cast<int64_t*>(sorted_keys + total);
+    values = reinterpret_cast<uint32_t*>(kept_groups + total);
+    order = values + total;
+    ranks = order + total;
+    keep = reinterpret_cast<bool*>(ranks + total);
+  }
 };
 
 __global__ void __launch_bounds__(kKeyThreads)
@@ -232,52 +245,19 @@ __global__ void __launch_bounds__(kOutputThreads)
   }
 }
 
-// Holds the memory of a Workspace; torch keeps it until the stream has passed.
-struct WorkspaceMemory {
-  int64_t total;
-  Tensor memory;
-  Tensor temporary;
-  size_t temporary_bytes = 0;
-  Workspace work;
-
-  explicit WorkspaceMemory(const NmsArguments& args) : total(args.images * args.count) {
-    // Parts by falling alignment; torch aligns the whole to more than 16 bytes.
-    const int64_t bytes = total * (sizeof(float4) + 3 * sizeof(uint64_t) + 3 * sizeof(uint32_t) + sizeof(bool));
-    memory = torch::stable::empty({bytes}, ScalarType::Byte, std::nullopt, args.boxes.device());
-    work.kept_boxes = static_cast<float4*>(memory.mutable_data_ptr());
-    work.keys = reinterpret_cast<uint64_t*>(work.kept_boxes + total);
-    work.sorted_keys = work.keys + total;
-    work.kept_groups = reinterpret_cast<int64_t*>(work.sorted_keys + total);
-    work.values = reinterpret_cast<uint32_t*>(work.kept_groups + total);
-    work.order = work.values + total;
-    work.ranks = work.order + total;
-    work.keep = reinterpret_cast<bool*>(work.ranks + total);
-    sort(nullptr, work.order, 64, nullptr);
-    temporary = torch::stable::empty({static_cast<int64_t>(temporary_bytes)}, ScalarType::Byte, std::nullopt,
-                                     args.boxes.device());
-  }
-
-  // Sorts values by the low bits of keys into `sorted`; stable. Without memory it only finds out how much it needs.
-  void sort(void* temporary_memory, uint32_t* sorted, int bits, cudaStream_t stream) {
-    STD_CUDA_CHECK(cub::DeviceRadixSort::SortPairs(temporary_memory, temporary_bytes, work.keys, work.sorted_keys,
-                                                   work.values, sorted, total, 0, bits, stream));
-  }
-};
-
-void decide(const NmsArguments& args, cudaStream_t stream, WorkspaceMemory& memory) {
+void decide(const NmsArguments& args, cudaStream_t stream, WorkspaceMemory<Workspace>& memory) {
   const Workspace& work = memory.work;
   const int image_bits = std::bit_width(static_cast<uint64_t>(args.images - 1));
   const unsigned key_blocks = static_cast<unsigned>((memory.total + kKeyThreads - 1) / kKeyThreads);
-  void* temporary = memory.temporary.mutable_data_ptr();
   const int64_t* groups = args.groups.const_data_ptr<int64_t>();
   nms_score_keys_kernel<<<key_blocks, kKeyThreads, 0, stream>>>(args.scores.const_data_ptr<float>(), memory.total,
                                                                 args.count, work);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  memory.sort(temporary, work.order, 32 + image_bits, stream);
+  memory.sort(work.keys, work.order, 32 + image_bits, stream);
   nms_bucket_keys_kernel<<<key_blocks, kKeyThreads, 0, stream>>>(groups, args.valid.const_data_ptr<bool>(),
                                                                  memory.total, args.count, work);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  memory.sort(temporary, work.ranks, kBucketBits + 1 + image_bits, stream);
+  memory.sort(work.keys, work.ranks, kBucketBits + 1 + image_bits, stream);
   const float* boxes = args.boxes.const_data_ptr<float>();
   const auto kernel = is_aligned_for_four<float>(boxes) ? &nms_decide_kernel<true> : &nms_decide_kernel<false>;
   kernel<<<static_cast<unsigned>(args.images * kBuckets), kThreads, 0, stream>>>(boxes, groups, args.count,
@@ -295,7 +275,7 @@ std::tuple<Tensor, Tensor> nms_cuda(const Tensor& boxes, const Tensor& scores, c
   Tensor kept = args.new_output(ScalarType::Bool);
   if (index.numel() == 0) return {index, kept};
   const cudaStream_t stream = current_stream(args.boxes.get_device_index());
-  WorkspaceMemory memory(args);
+  WorkspaceMemory<Workspace> memory(args.images * args.count, args.boxes);
   if (memory.total > 0) decide(args, stream, memory);
   nms_output_kernel<<<static_cast<unsigned>(args.images), kOutputThreads, 0, stream>>>(
       args.count, args.slots, memory.work, index.mutable_data_ptr<int64_t>(), kept.mutable_data_ptr<bool>());

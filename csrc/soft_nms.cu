@@ -10,10 +10,9 @@
 #include <bit>
 #include <tuple>
 
-#include <cub/device/device_radix_sort.cuh>
-
 #include "launch.h"
 #include "nms_buckets.h"
+#include "nms_workspace.h"
 #include "soft_nms_arguments.h"
 
 namespace drcnn {
@@ -35,6 +34,20 @@ struct Workspace {
   float4* boxes;     // these three bucket after bucket
   int64_t* groups;
   float* scores;
+
+  static constexpr int64_t kBytes = sizeof(float4) + 4 * sizeof(uint64_t) + 4 * sizeof(uint32_t);
+
+  void place(void* memory, int64_t total) {
+    boxes = static_cast<float4*>(memory);
+    keys = reinterpret_cast<uint64_t*>(boxes + total);
+    sorted_keys = keys + total;
+    taken_keys = sorted_keys + total;
+    groups = reinterpret_cast<int64_t*>(taken_keys + total);
+    values = reinterpret_cast<uint32_t*>(groups + total);
+    order = values + total;
+    sorted = order + total;
+    scores = reinterpret_cast<float*>(sorted + total);
+  }
 };
 
 __global__ void __launch_bounds__(kKeyThreads)
@@ -144,40 +157,6 @@ __global__ void __launch_bounds__(kKeyThreads)
   valid[i] = found;
 }
 
-// Holds the memory of a Workspace; torch keeps it until the stream has passed.
-struct WorkspaceMemory {
-  int64_t total;
-  Tensor memory;
-  Tensor temporary;
-  size_t temporary_bytes = 0;
-  Workspace work;
-
-  explicit WorkspaceMemory(const SoftNmsArguments& args) : total(args.images * args.count) {
-    // Parts by falling alignment; torch aligns the whole to more than 16 bytes.
-    const int64_t bytes = total * (sizeof(float4) + 4 * sizeof(uint64_t) + 4 * sizeof(uint32_t));
-    memory = torch::stable::empty({bytes}, ScalarType::Byte, std::nullopt, args.boxes.device());
-    work.boxes = static_cast<float4*>(memory.mutable_data_ptr());
-    work.keys = reinterpret_cast<uint64_t*>(work.boxes + total);
-    work.sorted_keys = work.keys + total;
-    work.taken_keys = work.sorted_keys + total;
-    work.groups = reinterpret_cast<int64_t*>(work.taken_keys + total);
-    work.values = reinterpret_cast<uint32_t*>(work.groups + total);
-    work.order = work.values + total;
-    work.sorted = work.order + total;
-    work.scores = reinterpret_cast<float*>(work.sorted + total);
-    sort(nullptr, work.keys, work.order, 64, nullptr);
-    temporary = torch::stable::empty({static_cast<int64_t>(temporary_bytes)}, ScalarType::Byte, std::nullopt,
-                                     args.boxes.device());
-  }
-
-  // Sorts the positions by the low bits of `keys` into `into`; stable. Without memory it only finds out how much
-  // it needs.
-  void sort(void* temporary_memory, const uint64_t* keys, uint32_t* into, int bits, cudaStream_t stream) {
-    STD_CUDA_CHECK(cub::DeviceRadixSort::SortPairs(temporary_memory, temporary_bytes, keys, work.sorted_keys,
-                                                   work.values, into, total, 0, bits, stream));
-  }
-};
-
 template <SoftNmsMethod kMethod>
 void launch_take(const SoftNmsArguments& args, cudaStream_t stream, const Workspace& work) {
   const float* boxes = args.boxes.const_data_ptr<float>();
@@ -189,15 +168,14 @@ void launch_take(const SoftNmsArguments& args, cudaStream_t stream, const Worksp
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
-void take(const SoftNmsArguments& args, cudaStream_t stream, WorkspaceMemory& memory) {
+void take(const SoftNmsArguments& args, cudaStream_t stream, WorkspaceMemory<Workspace>& memory) {
   const Workspace& work = memory.work;
   const int image_bits = std::bit_width(static_cast<uint64_t>(args.images - 1));
   const unsigned key_blocks = static_cast<unsigned>((memory.total + kKeyThreads - 1) / kKeyThreads);
-  void* temporary = memory.temporary.mutable_data_ptr();
   soft_nms_keys_kernel<<<key_blocks, kKeyThreads, 0, stream>>>(
       args.groups.const_data_ptr<int64_t>(), args.valid.const_data_ptr<bool>(), memory.total, args.count, work);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  memory.sort(temporary, work.keys, work.order, kBucketBits + 1 + image_bits, stream);
+  memory.sort(work.keys, work.order, kBucketBits + 1 + image_bits, stream);
   switch (args.method) {
     case SoftNmsMethod::kHard:
       launch_take<SoftNmsMethod::kHard>(args, stream, work);
@@ -209,7 +187,7 @@ void take(const SoftNmsArguments& args, cudaStream_t stream, WorkspaceMemory& me
       launch_take<SoftNmsMethod::kGaussian>(args, stream, work);
       break;
   }
-  memory.sort(temporary, work.taken_keys, work.sorted, 32 + image_bits, stream);
+  memory.sort(work.taken_keys, work.sorted, 32 + image_bits, stream);
 }
 
 std::tuple<Tensor, Tensor, Tensor> soft_nms_cuda(const Tensor& boxes, const Tensor& scores, const Tensor& groups,
@@ -225,7 +203,7 @@ std::tuple<Tensor, Tensor, Tensor> soft_nms_cuda(const Tensor& boxes, const Tens
   Tensor found = args.new_output(ScalarType::Bool);
   if (index.numel() == 0) return {index, taken, found};
   const cudaStream_t stream = current_stream(args.boxes.get_device_index());
-  WorkspaceMemory memory(args);
+  WorkspaceMemory<Workspace> memory(args.images * args.count, args.boxes);
   if (memory.total > 0) take(args, stream, memory);
   const unsigned blocks = static_cast<unsigned>((index.numel() + kKeyThreads - 1) / kKeyThreads);
   soft_nms_output_kernel<<<blocks, kKeyThreads, 0, stream>>>(
