@@ -103,23 +103,25 @@ DRCNN_CPU_CLONES void ship_block(const float* cost, int64_t stride, int64_t supp
 
 // Finds who takes each of a block of predictions, and which of them are contested by another ground truth.
 DRCNN_CPU_CLONES void take_block(const float* cost, int64_t stride, int64_t suppliers, const float* potential,
-                                 float margin, int32_t* taken_by, int32_t* contested) {
+                                 float epsilon, int32_t* taken_by, int32_t* contested) {
   alignas(64) float most[kBlock];
   for (int64_t n = 0; n < kBlock; ++n) most[n] = potential[0] - cost[n];
-  for (int64_t n = 0; n < kBlock; ++n) taken_by[n] = contested[n] = 0;
   for (int64_t s = 1; s < suppliers; ++s) {
     const float* row = cost + s * stride;
+    for (int64_t n = 0; n < kBlock; ++n) most[n] = greater(potential[s] - row[n], most[n]);
+  }
+  for (int64_t n = 0; n < kBlock; ++n) taken_by[n] = contested[n] = 0;
+  for (int64_t s = suppliers - 1; s >= 0; --s) {  // the first of those that tie is written last
+    const float* row = cost + s * stride;
     for (int64_t n = 0; n < kBlock; ++n) {
-      const float score = potential[s] - row[n];
-      const bool is_more = score > most[n];  // strictly: ties stay with the lowest index
-      taken_by[n] = is_more ? static_cast<int32_t>(s) : taken_by[n];
-      most[n] = is_more ? score : most[n];
+      const bool ties = potential[s] - row[n] >= most[n] - kOtaTie * epsilon;
+      taken_by[n] = ties ? static_cast<int32_t>(s) : taken_by[n];
     }
   }
   for (int64_t s = 0; s < suppliers - 1; ++s) {
     const float* row = cost + s * stride;
     for (int64_t n = 0; n < kBlock; ++n) {
-      const bool claims = potential[s] - row[n] >= most[n] - margin;
+      const bool claims = potential[s] - row[n] >= most[n] - kOtaClaim * epsilon;
       contested[n] |= static_cast<int32_t>(claims & (taken_by[n] != static_cast<int32_t>(s)));
     }
   }
@@ -186,7 +188,7 @@ class Transport {
     const float scale = ota_scale(total, count, args_.rule);
     float shipped = 0;
     for (size_t row = 0; row < rows_.size(); ++row) shipped += supply_[row] *= scale;
-    supply_[rows_.size()] = static_cast<float>(count) - shipped;
+    supply_[rows_.size()] = not_negative(static_cast<float>(count) - shipped);
     std::fill_n(cost_.data() + rows_.size() * stride_, stride_, 0.0f);
   }
 
@@ -210,11 +212,11 @@ class Transport {
 
   // Writes who takes each prediction, and returns how many are contested.
   int64_t take(int64_t* gt_index) const {
-    const float margin = kOtaLogTwo * ota_epsilon_at(args_.rule.iterations - 1, args_.rule);
     int32_t taken_by[kBlock], contested[kBlock];
     int64_t conflicts = 0;
     for (int64_t first = 0; first < args_.count; first += kBlock) {
-      take_block(cost_.data() + first, stride_, suppliers(), potential_.data(), margin, taken_by, contested);
+      take_block(cost_.data() + first, stride_, suppliers(), potential_.data(), args_.rule.epsilon, taken_by,
+                 contested);
       const int64_t size = std::min(kBlock, args_.count - first);
       for (int64_t n = 0; n < size; ++n) {
         gt_index[first + n] = taken_by[n] + 1 < suppliers() ? rows_[taken_by[n]] : -1;

@@ -52,6 +52,11 @@ struct Scratch {
     supply = potential + gts + 1;
     rows = reinterpret_cast<int*>(supply + gts + 1);
   }
+
+  // epsilon times the logarithm of a share, up to a constant of the prediction.
+  __device__ float score(int supplier, int n, int count) const {
+    return potential[supplier] - cost[static_cast<int64_t>(supplier) * count + n];
+  }
 };
 
 __device__ float warp_sum(float value) {
@@ -146,7 +151,7 @@ __device__ void share_out(const OtaRule& rule, int count, int valid, const Scrat
     shipped += scratch.supply[row];
     scratch.potential[row] = 0;
   }
-  scratch.supply[valid] = static_cast<float>(count) - shipped;
+  scratch.supply[valid] = not_negative(static_cast<float>(count) - shipped);
   scratch.potential[valid] = 0;
 }
 
@@ -156,15 +161,10 @@ __device__ void iterate(const OtaRule& rule, int count, int suppliers, const Scr
     const float epsilon = ota_epsilon_at(step, rule);
     const float per_epsilon = 1.0f / epsilon;
     for (int n = threadIdx.x; n < count; n += kThreads) {
-      float most = scratch.potential[0] - scratch.cost[n];
-      for (int s = 1; s < suppliers; ++s) {
-        most = greater(scratch.potential[s] - scratch.cost[static_cast<int64_t>(s) * count + n], most);
-      }
+      float most = scratch.score(0, n, count);
+      for (int s = 1; s < suppliers; ++s) most = greater(scratch.score(s, n, count), most);
       float sum = 0;
-      for (int s = 0; s < suppliers; ++s) {
-        const float score = scratch.potential[s] - scratch.cost[static_cast<int64_t>(s) * count + n];
-        sum += exp_of_negative((score - most) * per_epsilon);
-      }
+      for (int s = 0; s < suppliers; ++s) sum += exp_of_negative((scratch.score(s, n, count) - most) * per_epsilon);
       scratch.most[n] = most;
       scratch.unit[n] = 1.0f / sum;
     }
@@ -187,24 +187,17 @@ __device__ void iterate(const OtaRule& rule, int count, int suppliers, const Scr
 
 // Writes who takes each prediction, and returns in every thread how many are contested by another ground truth.
 __device__ int64_t take(const OtaRule& rule, int count, int valid, const Scratch& scratch, int64_t* gt_index) {
-  const float margin = kOtaLogTwo * ota_epsilon_at(rule.iterations - 1, rule);
   int64_t conflicts = 0;
   for (int first = 0; first < count; first += kThreads) {
     const int n = first + static_cast<int>(threadIdx.x);
     bool is_contested = false;
     if (n < count) {
-      float most = scratch.potential[0] - scratch.cost[n];
+      float most = scratch.score(0, n, count);
+      for (int s = 1; s <= valid; ++s) most = greater(scratch.score(s, n, count), most);
       int taken_by = 0;
-      for (int s = 1; s <= valid; ++s) {
-        const float score = scratch.potential[s] - scratch.cost[static_cast<int64_t>(s) * count + n];
-        if (score > most) {  // strictly: ties stay with the lowest index
-          most = score;
-          taken_by = s;
-        }
-      }
+      while (scratch.score(taken_by, n, count) < most - kOtaTie * rule.epsilon) ++taken_by;
       for (int s = 0; s < valid; ++s) {
-        const float score = scratch.potential[s] - scratch.cost[static_cast<int64_t>(s) * count + n];
-        is_contested |= s != taken_by && score >= most - margin;
+        is_contested |= s != taken_by && scratch.score(s, n, count) >= most - kOtaClaim * rule.epsilon;
       }
       gt_index[n] = taken_by < valid ? scratch.rows[taken_by] : -1;
     }

@@ -1,8 +1,9 @@
 """Triton kernels of ota_assign; `drcnn.ops.ota_assign` registers them as an operator of ``drcnn_triton``.
 
-One program computes the costs and the supply of a ground truth, with all predictions in one block. One program
-per image then iterates: it walks over tiles of all suppliers and a few predictions, whose shares are a softmax
-down the tile, and adds up what each supplier ships. Costs are read again in each iteration, from the cache.
+One program computes the costs and the supply of a ground truth, with all predictions in one block. One
+program per image then iterates: it walks over tiles of all suppliers and a few predictions, whose shares are
+a softmax down the tile, and adds up what each supplier ships. Costs are read again in each iteration, from
+the cache.
 """
 
 import math
@@ -18,12 +19,13 @@ _TILE = 4096  # pairs that are worked on at once
 _LARGEST = tl.constexpr(1e6)  # of the costs, which are finite
 _LEAST = tl.constexpr(1e-30)  # that a supplier counts as shipping, so that its potential stays finite
 _STRIDE = tl.constexpr(1.5)  # of a move of the potentials, in moves that would satisfy the supplies
-_LOG_TWO = tl.constexpr(math.log(2.0))
+_TIE = tl.constexpr(-math.log(0.999))  # a share of which the logarithm is nearer to the largest ties
+_CLAIM = tl.constexpr(-math.log(0.999 / 2))  # from here on a share contests a prediction
 
 
 @triton.jit
 def focal_cost(logit, alpha, gamma):
-    """The focal loss of a logit whose class is the label, less that of one whose class is not; NaN for NaN."""
+    """The focal loss of a logit whose class is the label, less that of one whose class is not."""
     tail = tl.log(1.0 + tl.exp(-tl.abs(logit)))
     negative = tl.where(logit < 0, 0.0, logit) + tail  # -log(1 - p)
     positive = tl.where(logit > 0, 0.0, -logit) + tail  # -log p
@@ -132,7 +134,7 @@ def ota_transport_kernel(
     most = max_share * count
     own = tl.where(total > most, own * tl.div_rn(most, tl.where(total > 0, total, 1.0)), own)
     tl.store(supply + image * gts + suppliers, own, mask=is_gt)
-    own = tl.where(suppliers == gts, count - tl.sum(own, axis=0), own)
+    own = tl.where(suppliers == gts, tl.maximum(count - tl.sum(own, axis=0), 0.0), own)
     potential = tl.where(own > 0, 0.0, float("-inf"))
     weight = first_epsilon
     for step in range(iterations):
@@ -151,9 +153,9 @@ def ota_transport_kernel(
     for start in range(0, count, TILE):
         scores = load_scores(cost, potential, suppliers, start, count, gts, TILE)
         best = tl.max(scores, axis=0)
-        # A tie goes to the lowest index.
-        taken_by = tl.min(tl.where(scores == best[None, :], suppliers[:, None], SUPPLIERS), axis=0)
-        claims = (scores >= best[None, :] - _LOG_TWO * epsilon) & (suppliers[:, None] != taken_by[None, :])
+        ties = scores >= best[None, :] - _TIE * epsilon
+        taken_by = tl.min(tl.where(ties, suppliers[:, None], SUPPLIERS), axis=0)
+        claims = (scores >= best[None, :] - _CLAIM * epsilon) & (suppliers[:, None] != taken_by[None, :])
         columns = start + tl.arange(0, TILE)
         claimed = tl.max((claims & is_gt[:, None]).to(tl.int32), axis=0)
         contested += tl.sum(tl.where(columns < count, claimed, 0).to(tl.int64), axis=0)

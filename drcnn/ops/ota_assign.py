@@ -29,6 +29,7 @@ from drcnn.ops.shapes import check_shape
 
 _LARGEST = 1e6  # of the costs, which are finite
 _LEAST = 1e-30  # that a supplier counts as shipping, so that its potential stays finite
+_TIE = 0.999  # times the largest share of a prediction: shares from there on tie
 _STRIDE = 1.5  # of a move of the potentials, in moves that would satisfy the supplies
 
 
@@ -37,10 +38,12 @@ class OtaAssignment(NamedTuple):
 
     Attributes:
         gt_index (Tensor[B, N]): int64 ground truth that has the largest share of each prediction, -1 for the
-            background. A tie goes to the lowest index, and to the background last.
+            background. Shares within a thousandth tie, for supplies that are no whole numbers split
+            predictions evenly; of these the lowest index takes the prediction, the background last.
         supply (Tensor[B, G]): float32 units that each ground truth supplies, 0 for padding.
-        conflicts (Tensor[B]): int64 number of predictions that are contested: a ground truth has at least
-            half the share of the supplier that takes the prediction. 0 where the plan is close to integral.
+        conflicts (Tensor[B]): int64 number of predictions that are contested: one supplier takes the
+            prediction, but another, a ground truth, has at least half of the largest share. 0 where the plan
+            is close to integral.
     """
 
     gt_index: Tensor
@@ -103,9 +106,10 @@ def ota_assign(
         BackendError: the backend that was asked for cannot run.
     """
     _check_tensors(logits, boxes, gt_boxes, gt_labels, gt_valid, image_sizes)
-    for name, value in (("epsilon", epsilon), ("gamma", gamma + 1)):
-        if not value > 0:
-            raise ValueError(f"{name} is too small, got {value}")
+    if not epsilon > 0:
+        raise ValueError(f"epsilon must be above 0, got {epsilon}")
+    if not gamma >= 0:
+        raise ValueError(f"gamma must be >= 0, got {gamma}")
     for name, count, least in (("top_q", top_q, 1), ("fixed_k", fixed_k, 0), ("iterations", iterations, 1)):
         if count < least:
             raise ValueError(f"{name} must be >= {least}, got {count}")
@@ -196,10 +200,11 @@ def _reference(
     cost = torch.nan_to_num(cost, nan=_LARGEST).clamp(-_LARGEST, _LARGEST)
     supply = gt_supply(overlaps(boxes, gt_boxes), gt_valid, top_q, fixed_k, unit_offset, max_share)
     plan = transport_plan(cost, supply, epsilon, iterations)
-    taken_by = plan.argmax(dim=2, keepdim=True)
     gts = cost.shape[2]
+    best = _TIE * plan.amax(dim=2, keepdim=True)
+    taken_by = (plan >= best).to(torch.uint8).argmax(dim=2, keepdim=True)  # the first of those that tie
     others = torch.arange(gts, device=plan.device) != taken_by
-    contests = others & (plan[..., :gts] >= 0.5 * plan.gather(2, taken_by))
+    contests = others & (plan[..., :gts] >= 0.5 * best)
     conflicts = contests.any(dim=2).sum(dim=1)
     return torch.where(taken_by < gts, taken_by, -1).squeeze(2), supply, conflicts
 
@@ -256,7 +261,8 @@ def transport_plan(cost: Tensor, supply: Tensor, epsilon: float, iterations: int
     Returns:
         Tensor[B, N, G + 1]: the plan; the background is the last supplier.
     """
-    supply = torch.cat([supply, cost.shape[1] - supply.sum(dim=1, keepdim=True)], dim=1).unsqueeze(1)
+    background = (cost.shape[1] - supply.sum(dim=1, keepdim=True)).clamp(min=0)
+    supply = torch.cat([supply, background], dim=1).unsqueeze(1)
     if cost.numel() == 0:
         return supply.expand(*cost.shape[:2], -1) / max(cost.shape[1], 1)
     cost = F.pad(cost - cost.amin(dim=1, keepdim=True), (0, 1))
@@ -288,8 +294,9 @@ def _triton(*arguments) -> tuple[Tensor, Tensor, Tensor]:
 torch.library.define(
     "drcnn_triton::ota_assign",
     "(Tensor logits, Tensor boxes, Tensor gt_boxes, Tensor gt_labels, Tensor gt_valid, Tensor image_sizes,"
-    " float class_weight, float l1_weight, float giou_weight, float alpha, float gamma, int top_q, int fixed_k,"
-    " float unit_offset, float max_share, float epsilon, int iterations) -> (Tensor, Tensor, Tensor)",
+    " float class_weight, float l1_weight, float giou_weight, float alpha, float gamma, int top_q,"
+    " int fixed_k, float unit_offset, float max_share, float epsilon, int iterations)"
+    " -> (Tensor, Tensor, Tensor)",
 )
 
 
