@@ -193,25 +193,11 @@ def ota_assign(
         return gt_index, supply, conflicts
     cost = logits.new_empty(images, gts, count)
     units = torch.empty_like(supply)
-    inputs = (logits, boxes, gt_boxes, gt_labels, gt_valid, image_sizes)
-    ota_cost_kernel[(images * gts,)](
-        *(tensor.contiguous() for tensor in inputs),
-        cost,
-        units,
-        count,
-        classes,
-        gts,
-        class_weight,
-        l1_weight,
-        giou_weight,
-        alpha,
-        gamma,
-        min(top_q, count),
-        fixed_k,
-        unit_offset,
-        BLOCK=triton.next_power_of_2(count),
-        **EXACT,
-    )
+    inputs = [t.contiguous() for t in (logits, boxes, gt_boxes, gt_labels, gt_valid, image_sizes)]
+    sizes, weights = (count, classes, gts), (class_weight, l1_weight, giou_weight, alpha, gamma)
+    units_of = (min(top_q, count), fixed_k, unit_offset)
+    block = triton.next_power_of_2(count)
+    ota_cost_kernel[(images * gts,)](*inputs, cost, units, *sizes, *weights, *units_of, BLOCK=block, **EXACT)
     suppliers = triton.next_power_of_2(gts + 1)
     falling = iterations * 4 // 5
     ota_transport_kernel[(images,)](
