@@ -4,8 +4,9 @@
     python bench/step_time.py configs/bccd.py --backends native reference --rounds 50 --data.root ...
 
 Each round takes one batch and steps every detector on it, in changing order, so that what else the machine
-does hits all alike. It prints the seconds per step, median and sum, and the ratio to torchvision's detector
-of the same sizes (built from the last config). Loading is not timed. Other flags set fields of the configs.
+does hits all alike. A detector with scale training stitches several when it wants a collage, which is timed.
+It prints the seconds per step, median and sum, and the ratio to torchvision's detector of the same sizes
+(from the last config). Loading is not timed. Other flags set fields of the configs.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import torch
 from torchvision_baseline import TorchvisionDetector
 
 from drcnn.config import load_config
-from drcnn.data import load_split, train_loader
+from drcnn.data import Stitcher, load_split, train_loader
 from drcnn.engine.optim import build_optimizer
 from drcnn.ops import use_backend
 
@@ -45,31 +46,39 @@ def main() -> None:
         name: build_optimizer(last.optim, model, last.data.batch_size) for name, model in models.items()
     }
     seconds: dict[str, list[float]] = {name: [] for name in models}
-    dataset = load_split(last.data, "train")
-    batches = train_loader(dataset, last.data, seed=0, start_step=0, num_steps=arguments.rounds + WARM_UP)
+    collages = dict.fromkeys(models, 0)
+    dataset, rounds = load_split(last.data, "train"), arguments.rounds + WARM_UP
+    most = max(detector.scale.most_batches for detector, _ in detectors.values())
+    batches = iter(train_loader(dataset, last.data, seed=0, start_step=0, num_steps=rounds * most))
     names = list(models)
-    for index, batch in enumerate(batches):
+    for index in range(rounds):
+        loaded = [next(batches) for _ in range(most)]
         for name in names[index % len(names) :] + names[: index % len(names)]:
-            _, backend = detectors.get(name, (None, "auto"))
+            detector, backend = detectors.get(name, (None, "auto"))
             with use_backend(backend):
                 start = time.perf_counter()
+                batch = loaded[0]
+                if detector is not None and models[name].scale.collage:
+                    stitch = Stitcher(detector.scale, detector.pixel_mean, last.data.pad_multiple)
+                    batch = stitch(loaded[: detector.scale.components], "cpu")
+                    collages[name] += index >= WARM_UP
                 loss = sum(models[name](batch.images, batch.targets).values())
+                if detector is not None:
+                    models[name].scale.decide()
                 optimizers[name].zero_grad()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(models[name].parameters(), 10.0)
                 optimizers[name].step()
-                if name in detectors:
+                if detector is not None:
                     models[name].dynamics.update()
             if index >= WARM_UP:
                 seconds[name].append(time.perf_counter() - start)
     base = sum(seconds["torchvision"])
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.rounds} rounds in turns")
     for name, values in seconds.items():
-        median = statistics.median(values)
-        print(
-            f"{name:<24} {median:.3f} s/step, {sum(values):.1f} s in all  "
-            f"{base / sum(values):.2f}x torchvision's speed"
-        )
+        line = f"{name:<24} {statistics.median(values):.3f} s/step, {sum(values):.1f} s in all  "
+        line += f"{base / sum(values):.2f}x torchvision's speed"
+        print(line + (f", {collages[name]} collages" if collages[name] else ""))
 
 
 if __name__ == "__main__":

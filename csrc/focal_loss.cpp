@@ -61,9 +61,10 @@ struct Tile {
     return place >= 0 && place < columns ? i * columns + place : -1;
   }
 
-  // Rows that follow each other are one piece.
-  inline __attribute__((always_inline)) int64_t pieces() const {
-    return columns == rows.classes && kept[count - 1] - kept[0] == count - 1 ? 1 : count;
+  // The first row behind the i-th that does not follow its predecessor in memory.
+  inline __attribute__((always_inline)) int64_t run_end(int64_t i) const {
+    for (++i; i < count && kept[i] == kept[i - 1] + 1;) ++i;
+    return i;
   }
 
   inline __attribute__((always_inline)) int64_t padded() const {
@@ -72,12 +73,12 @@ struct Tile {
 
   // Fills z with the logits, negated for the class of a row.
   inline __attribute__((always_inline)) void load() {
-    const int64_t size = count * columns, piece = size / pieces();
-    for (int64_t i = 0; i * piece < size; ++i) {
+    for (int64_t i = 0, end; i < count; i = end) {
+      end = run_end(i);
       const T* source = rows.logits + start(i);
-      for (int64_t c = 0; c < piece; ++c) z[i * piece + c] = static_cast<A>(source[c]);
+      for (int64_t c = 0; c < (end - i) * columns; ++c) z[i * columns + c] = static_cast<A>(source[c]);
     }
-    for (int64_t i = size; i < padded(); ++i) z[i] = A(0);
+    for (int64_t i = count * columns; i < padded(); ++i) z[i] = A(0);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t place = class_place(i);
       if (place >= 0) z[place] = -z[place];
@@ -122,10 +123,11 @@ inline __attribute__((always_inline)) void grad_chunk(A grad, const Rows<T>& row
   while (tile.advance()) {
     tile.load();
     for (int64_t i = 0; i < tile.padded(); ++i) tile.z[i] = focal_slope<kSquare>(tile.z[i], gamma);
-    const int64_t size = tile.count * tile.columns, piece = size / tile.pieces();
-    for (int64_t i = 0; i * piece < size; ++i) {
+    for (int64_t i = 0, end; i < tile.count; i = end) {
+      end = tile.run_end(i);
+      const A* slopes = tile.z + i * tile.columns;
       T* target = out + tile.start(i);
-      for (int64_t c = 0; c < piece; ++c) target[c] = static_cast<T>(absent * tile.z[i * piece + c]);
+      for (int64_t c = 0; c < (end - i) * tile.columns; ++c) target[c] = static_cast<T>(absent * slopes[c]);
     }
     for (int64_t i = 0; i < tile.count; ++i) {
       const int64_t place = tile.class_place(i);

@@ -6,7 +6,6 @@
 
 #include <bit>
 #include <cmath>
-#include <limits>
 
 #include "portable.h"
 
@@ -87,8 +86,9 @@ DRCNN_HOST_DEVICE Sigmoid<float> sigmoid_of(float z) {
 template <bool kSquare, typename A>
 DRCNN_HOST_DEVICE A focal_power(const Sigmoid<A>& sigmoid, A gamma) {
   if constexpr (kSquare) return sigmoid.value * sigmoid.value;
-  const A most = std::numeric_limits<A>::max(), exponent = sigmoid.softplus_of_negative;
-  return exp_of_negative(gamma * (exponent < most ? exponent : most));
+  constexpr A kMost = A(1e30);
+  const A exponent = sigmoid.softplus_of_negative;
+  return exp_of_negative(gamma * (exponent < kMost ? exponent : kMost));
 }
 
 // The loss without alpha; kSquare tells that gamma is 2.
