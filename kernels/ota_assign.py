@@ -18,7 +18,7 @@ from drcnn.kernels.box_iou import EXACT, box_area, giou_of, iou_of, load_box
 _TILE = 4096  # pairs that are worked on at once
 _LARGEST = tl.constexpr(1e6)  # of the costs, which are finite
 _LEAST = tl.constexpr(1e-30)  # that a supplier counts as shipping, so that its potential stays finite
-_STRIDE = tl.constexpr(1.5)  # of a move of the potentials, in moves that would satisfy the supplies
+_STRIDE = tl.constexpr(1.7)  # of a move of the potentials, in moves that would satisfy the supplies
 _TIE = tl.constexpr(-math.log(0.999))  # a share of which the logarithm is nearer to the largest ties
 _CLAIM = tl.constexpr(-math.log(0.999 / 2))  # from here on a share contests a prediction
 

@@ -53,7 +53,7 @@ def _check(kernel, device, inputs, **rule):
     assert ((conflicts - expected.conflicts).abs() <= differs.sum(dim=1) + 1).all()
 
 
-def _shares(inputs, supply, epsilon=0.02, iterations=60, **_):
+def _shares(inputs, supply, epsilon=0.02, iterations=80, **_):
     logits, boxes, gt_boxes, gt_labels, _, image_sizes = inputs
     cost = 2 * focal_cost(logits, gt_labels, 0.25, 2.0) + box_cost(boxes, gt_boxes, image_sizes, 5.0, 2.0)
     return transport_plan(cost, supply, epsilon, iterations)
@@ -147,9 +147,9 @@ def test_the_class_decides_where_boxes_are_equal(backend, device):
 
 @pytest.mark.parametrize(("n", "g", "classes"), SHAPES)
 def test_kernel_agrees_with_reference(kernel, device, n, g, classes):
-    for seed, rule in enumerate(
-        ({}, {"unit_offset": 1.5}, {"fixed_k": 2, "iterations": 7}, {"epsilon": 0.2})
-    ):
+    rules = ({}, {"unit_offset": 1.5}, {"fixed_k": 2, "iterations": 1}, {"epsilon": 0.2, "iterations": 4})
+    for seed, rule in enumerate(rules):
+        rule = {"iterations": 10} | rule if (kernel, device) == ("triton", "cpu") else rule
         _check(kernel, device, problem(2, n, g, classes, seed), **rule)
 
 

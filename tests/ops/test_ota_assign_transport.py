@@ -17,27 +17,25 @@ def problem(n, g, classes=6, seed=0, batch=1):
     """Predictions around ground truths, or (every third) anywhere, of an image of 1333 x 800."""
     generator = torch.Generator().manual_seed(seed)
     size = torch.tensor([1333.0, 800.0])
-    center, half = (
-        torch.rand(batch, g, 2, generator=generator) * size,
-        torch.rand(batch, g, 2, generator=generator),
-    )
-    half = 10 + 120 * half
+    center = torch.rand(batch, g, 2, generator=generator) * size
+    half = 10 + 120 * torch.rand(batch, g, 2, generator=generator)
     own = torch.randint(0, g, (batch, n, 1), generator=generator)
+    place = own.expand(-1, -1, 2)
     spread = torch.rand(batch, n, 1, generator=generator)
-    offset = (
-        torch.randn(batch, n, 4, generator=generator)
-        * spread
-        * half.repeat(1, 1, 2).gather(1, own.expand(-1, -1, 4))
+    near = center.gather(1, place) + torch.randn(batch, n, 2, generator=generator) * spread * half.gather(
+        1, place
     )
-    gt_boxes = torch.cat([center - half, center + half], dim=-1)
-    boxes = gt_boxes.gather(1, own.expand(-1, -1, 4)) + offset
     if seed % 3 == 2:
-        center = torch.rand(batch, n, 2, generator=generator) * size
-        boxes = torch.cat([center - 100, center + 100], dim=-1) + offset
+        near = torch.rand(batch, n, 2, generator=generator) * size
+    stretched = half.gather(1, place) * torch.exp(
+        0.5 * spread * torch.randn(batch, n, 2, generator=generator)
+    )
     gt_labels = torch.randint(0, classes, (batch, g), generator=generator)
     logits = torch.randn(batch, n, classes, generator=generator) - 4
     sure = 5 * torch.rand(batch, n, 1, generator=generator)
     logits = logits.scatter_add(2, gt_labels.gather(1, own.squeeze(-1)).unsqueeze(-1), sure)
+    boxes = torch.cat([near - stretched, near + stretched], dim=-1)
+    gt_boxes = torch.cat([center - half, center + half], dim=-1)
     sizes = torch.tensor([[800, 1333]]).repeat(batch, 1)
     return logits, boxes, gt_boxes, gt_labels, torch.ones(batch, g, dtype=torch.bool), sizes
 
@@ -85,7 +83,7 @@ def test_the_plan_is_near_the_optimum():
         logits, boxes, gt_boxes, gt_labels, _, sizes = inputs
         result = ota_assign(*inputs, **rule)
         cost = 2 * focal_cost(logits, gt_labels, 0.25, 2.0) + box_cost(boxes, gt_boxes, sizes, 5.0, 2.0)
-        plan = transport_plan(cost, result.supply, 0.02, 60)[0].double()
+        plan = transport_plan(cost, result.supply, 0.02, 80)[0].double()
         supply = np.append(result.supply[0].double(), logits.shape[1] - result.supply[0].double().sum())
         np.testing.assert_allclose(plan.sum(dim=0), supply, atol=1e-3)
         np.testing.assert_allclose(plan.sum(dim=1), 1.0, atol=0.3)
@@ -105,9 +103,8 @@ def test_the_plan_is_near_the_optimum():
 
 def test_each_backend_finds_the_optimum(kernel, device):
     agree, predictions = 0, 0
-    for number, (inputs, rule) in enumerate(_cases()):
-        if number % 5:
-            continue
+    step = 25 if (kernel, device) == ("triton", "cpu") else 5  # the interpreter is slow
+    for inputs, rule in list(_cases())[::step]:
         with use_backend(kernel):
             result = ota_assign(*(t.to(device) for t in inputs), **rule)
         supply = result.supply[0].double().cpu()
