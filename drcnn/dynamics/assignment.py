@@ -61,7 +61,7 @@ class OptimalTransportConfig:
     """Largest share of the predictions that the ground truths of an image supply."""
     epsilon: float = 0.02
     """Weight of the entropy in the transport problem, in units of the cost."""
-    iterations: int = 60
+    iterations: int = 80
     """Sinkhorn iterations."""
 
     def build(self, stages: int) -> "OptimalTransportAssignment":
