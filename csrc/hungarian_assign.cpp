@@ -1,10 +1,11 @@
 // hungarian_assign on the CPU, and the schema of the operator: one image after the other, shared out among threads.
 //
-// The costs of an image are laid out ground truth by ground truth, in double, so that a step of the search is one
-// vectorized pass over the predictions. In a search, a column is closed by the price -infinity, at which no way
-// through it is shorter.
+// The costs of an image are laid out ground truth by ground truth, so that a step of the search is one vectorized
+// pass over the predictions. Finite float32 costs stay float32, which halves what a pass reads; distances and
+// prices are double. In a search, a column is closed by the price -infinity, at which no way through it is shorter.
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "hungarian_assign.h"
@@ -13,9 +14,9 @@
 namespace drcnn {
 namespace {
 
-constexpr int64_t kLanes = 16;          // columns are padded to a multiple
-constexpr int64_t kTile = 16;           // predictions whose costs are transposed together
-constexpr int64_t kSharedCosts = 4096;  // below this a second thread costs more than it saves
+constexpr int64_t kLanes = 8;              // columns are padded to a multiple
+constexpr int64_t kTile = 16;              // predictions whose costs are transposed together
+constexpr int64_t kSharedCosts = 1 << 18;  // below this a second thread costs more than it saves
 
 // A column that a search has closed, and what it was before.
 struct Closed {
@@ -30,76 +31,72 @@ struct Nearest {
   int64_t column;
 };
 
+// Columns side by side. As loops over arrays, the minimum would go through memory from step to step.
+using Doubles = double __attribute__((vector_size(kLanes * sizeof(double))));
+using Floats = float __attribute__((vector_size(kLanes * sizeof(float))));
+using Integers = int64_t __attribute__((vector_size(kLanes * sizeof(int64_t))));
+
 // Measures the columns through a row, from scratch or from the distances so far.
-template <bool kFirst>
-DRCNN_HOST_DEVICE Nearest measure(const double* __restrict cost, const double* __restrict price, double base,
-                                  int64_t row, int64_t columns, double* __restrict distance,
-                                  int64_t* __restrict path) {
-  double least[kLanes];
-  int64_t where[kLanes];
-  for (int64_t l = 0; l < kLanes; ++l) least[l] = kHungarianFar;
-  for (int64_t l = 0; l < kLanes; ++l) where[l] = columns;
+template <bool kFirst, typename S>
+DRCNN_HOST_DEVICE Nearest measure(const S* cost, const double* price, double base, int64_t row, int64_t columns,
+                                  double* distance, int64_t* path) {
+  Doubles least = Doubles{} + kHungarianFar;
+  Integers where = Integers{} + columns;
+  Integers places = {0, 1, 2, 3, 4, 5, 6, 7};
   for (int64_t i = 0; i < columns; i += kLanes) {
-#pragma GCC ivdep
-    for (int64_t l = 0; l < kLanes; ++l) {
-      const double through = hungarian_distance(base, cost[i + l], price[i + l]);
-      const double before = kFirst ? kHungarianFar : distance[i + l];
-      const bool is_shorter = kFirst | (through < before);
-      const double after = is_shorter ? through : before;
-      distance[i + l] = after;
-      path[i + l] = is_shorter ? row : path[i + l];
-      where[l] = after < least[l] ? i + l : where[l];
-      least[l] = after < least[l] ? after : least[l];
+    std::conditional_t<std::is_same_v<S, float>, Floats, Doubles> costs;
+    Doubles prices;
+    __builtin_memcpy(&costs, cost + i, sizeof(costs));
+    __builtin_memcpy(&prices, price + i, sizeof(prices));
+    Doubles reached = base + (__builtin_convertvector(costs, Doubles) - prices);
+    Integers through = Integers{} + row;
+    if constexpr (!kFirst) {
+      Doubles before;
+      Integers path_before;
+      __builtin_memcpy(&before, distance + i, sizeof(before));
+      __builtin_memcpy(&path_before, path + i, sizeof(path_before));
+      through = reached < before ? through : path_before;
+      reached = reached < before ? reached : before;
     }
+    __builtin_memcpy(distance + i, &reached, sizeof(reached));
+    __builtin_memcpy(path + i, &through, sizeof(through));
+    where = reached < least ? places : where;
+    least = reached < least ? reached : least;
+    places += kLanes;
   }
   Nearest nearest{least[0], where[0]};
   for (int64_t l = 1; l < kLanes; ++l) {
-    const bool is_nearer = (least[l] < nearest.distance) | ((least[l] == nearest.distance) & (where[l] < nearest.column));
-    if (is_nearer) nearest = {least[l], where[l]};
+    const bool is_tie = least[l] == nearest.distance && where[l] < nearest.column;
+    if (least[l] < nearest.distance || is_tie) nearest = {least[l], where[l]};
   }
   return nearest;
 }
 
-DRCNN_CPU_CLONES Nearest measure_first(const double* cost, const double* price, int64_t row, int64_t columns,
-                                       double* distance, int64_t* path) {
-  return measure<true>(cost, price, 0.0, row, columns, distance, path);
+#define DRCNN_HUNGARIAN_CPU(S)                                                                              \
+  DRCNN_CPU_CLONES Nearest measure_first(const S* cost, const double* price, int64_t row, int64_t columns,  \
+                                         double* distance, int64_t* path) {                                 \
+    return measure<true>(cost, price, 0.0, row, columns, distance, path);                                   \
+  }                                                                                                         \
+  DRCNN_CPU_CLONES Nearest measure_next(const S* cost, const double* price, double base, int64_t row,       \
+                                        int64_t columns, double* distance, int64_t* path) {                 \
+    return measure<false>(cost, price, base, row, columns, distance, path);                                 \
+  }
+
+DRCNN_HUNGARIAN_CPU(float)
+DRCNN_HUNGARIAN_CPU(double)
+#undef DRCNN_HUNGARIAN_CPU
+
+// Whether costs may stay float32.
+DRCNN_CPU_CLONES bool is_finite_float(const float* cost, int64_t count) {
+  constexpr float kLargest = std::numeric_limits<float>::max();
+  int32_t odd = 0;
+  for (int64_t i = 0; i < count; ++i) odd |= (cost[i] >= -kLargest) & (cost[i] <= kLargest) ? 0 : 1;
+  return odd == 0;
 }
 
-DRCNN_CPU_CLONES Nearest measure_next(const double* cost, const double* price, double base, int64_t row,
-                                      int64_t columns, double* distance, int64_t* path) {
-  return measure<false>(cost, price, base, row, columns, distance, path);
-}
-
-// The least and the greatest of the finite costs, and whether all are.
-struct Range {
-  double low = kHungarianFar;
-  double high = -kHungarianFar;
-  bool all_finite = true;
-};
-
-DRCNN_CPU_CLONES Range range_of(const double* cost, int64_t count) {
-  double low[kLanes], high[kLanes];
-  int64_t odd[kLanes] = {};
-  for (int64_t l = 0; l < kLanes; ++l) low[l] = kHungarianFar;
-  for (int64_t l = 0; l < kLanes; ++l) high[l] = -kHungarianFar;
-  for (int64_t i = 0; i < count; i += kLanes) {
-    for (int64_t l = 0; l < kLanes; ++l) {
-      const double value = cost[i + l];
-      const bool is_finite = hungarian_is_finite(value);
-      const double lower = is_finite ? value : kHungarianFar;
-      const double higher = is_finite ? value : -kHungarianFar;
-      low[l] = lower < low[l] ? lower : low[l];
-      high[l] = higher > high[l] ? higher : high[l];
-      odd[l] += is_finite ? 0 : 1;
-    }
-  }
-  Range range;
-  for (int64_t l = 0; l < kLanes; ++l) {
-    range.low = low[l] < range.low ? low[l] : range.low;
-    range.high = high[l] > range.high ? high[l] : range.high;
-    range.all_finite &= odd[l] == 0;
-  }
-  return range;
+template <typename T>
+bool is_finite_float(const T*, int64_t) {
+  return false;
 }
 
 // The pairs and prices of one image; a row is a valid ground truth, a column a prediction or the sink.
@@ -109,7 +106,6 @@ class Search {
       : count_(count),
         gts_(gts),
         columns_((count + 1 + kLanes - 1) / kLanes * kLanes),
-        cost_(columns_ * gts),
         price_(columns_),
         distance_(columns_),
         path_(columns_),
@@ -123,49 +119,75 @@ class Search {
     for (int64_t g = 0; g < gts_; ++g) {
       if (valid[g]) rows_.push_back(g);
     }
-    load(cost);
     std::fill(price_.begin(), price_.end(), 0.0);
     std::fill(row_of_.begin(), row_of_.end(), -1);
-    for (int64_t row = 0; row < static_cast<int64_t>(rows_.size()); ++row) serve(row);
+    if (rows() <= count_ && is_finite_float(cost, count_ * gts_)) {
+      lay_out(cost, near_);
+      serve_all(near_);
+    } else {
+      lay_out(cost, far_);
+      bound(far_);
+      serve_all(far_);
+    }
     for (int64_t n = 0; n < count_; ++n) gt_index[n] = row_of_[n] < 0 ? -1 : rows_[row_of_[n]];
   }
 
  private:
-  double* costs_of(int64_t row) { return cost_.data() + row * columns_; }
+  int64_t rows() const { return static_cast<int64_t>(rows_.size()); }
 
-  template <typename T>
-  void load(const T* cost) {
-    const int64_t rows = static_cast<int64_t>(rows_.size());
+  // Writes the costs row by row; those past the last prediction, the sink's too, are infinite.
+  template <typename T, typename S>
+  void lay_out(const T* cost, std::vector<S>& costs) const {
+    costs.resize(columns_ * gts_);
     for (int64_t start = 0; start < count_; start += kTile) {
       const int64_t end = std::min(start + kTile, count_);
-      for (int64_t row = 0; row < rows; ++row) {
-        double* out = costs_of(row);
-        for (int64_t n = start; n < end; ++n) out[n] = static_cast<double>(cost[n * gts_ + rows_[row]]);
+      for (int64_t row = 0; row < rows(); ++row) {
+        S* out = costs.data() + row * columns_;
+        for (int64_t n = start; n < end; ++n) out[n] = static_cast<S>(cost[n * gts_ + rows_[row]]);
       }
     }
-    // Costs past the last prediction repeat one, and widen nothing.
-    for (int64_t row = 0; row < rows; ++row) std::fill(costs_of(row) + count_, costs_of(row + 1), *costs_of(row));
-    const Range range = range_of(cost_.data(), rows * columns_);
-    const HungarianBounds bounds = hungarian_bounds(range.low, range.high, count_, gts_);
-    for (int64_t row = 0; row < rows; ++row) {
-      double* out = costs_of(row);
-      for (int64_t n = 0; !range.all_finite && n < count_; ++n) out[n] = hungarian_cost(out[n], bounds);
-      out[count_] = bounds.sink;
-      std::fill(out + count_ + 1, costs_of(row + 1), kHungarianFar);
+    for (int64_t row = 0; row < rows(); ++row) {
+      S* out = costs.data() + row * columns_;
+      std::fill(out + count_, out + columns_, std::numeric_limits<S>::infinity());
     }
   }
 
+  // Replaces costs that are not finite, and lets ground truths be left over at the cost of the sink.
+  void bound(std::vector<double>& costs) const {
+    double low = kHungarianFar, high = -kHungarianFar;
+    const auto each = [&](const auto& function) {
+      for (int64_t row = 0; row < rows(); ++row) {
+        for (int64_t n = 0; n < count_; ++n) function(costs[row * columns_ + n]);
+      }
+    };
+    each([&](double value) {
+      if (!hungarian_is_finite(value)) return;
+      low = std::min(low, value);
+      high = std::max(high, value);
+    });
+    const HungarianBounds bounds = hungarian_bounds(low, high, count_, gts_);
+    each([&](double& value) { value = hungarian_cost(value, bounds); });
+    for (int64_t row = 0; row < rows(); ++row) costs[row * columns_ + count_] = bounds.sink;
+  }
+
+  template <typename S>
+  void serve_all(const std::vector<S>& costs) {
+    for (int64_t row = 0; row < rows(); ++row) serve(costs.data(), row);
+  }
+
   // Finds the shortest path from a row to a free column, and shifts the pairs along it.
-  void serve(int64_t row) {
+  template <typename S>
+  void serve(const S* costs, int64_t row) {
     closed_.clear();
-    Nearest end = measure_first(costs_of(row), price_.data(), row, columns_, distance_.data(), path_.data());
+    Nearest end =
+        measure_first(costs + row * columns_, price_.data(), row, columns_, distance_.data(), path_.data());
     while (row_of_[end.column] >= 0) {
       closed_.push_back({end.column, end.distance, price_[end.column]});
       distance_[end.column] = kHungarianFar;
       price_[end.column] = -kHungarianFar;
       const int64_t through = row_of_[end.column];
-      end = measure_next(costs_of(through), price_.data(), end.distance - row_price_[through], through, columns_,
-                         distance_.data(), path_.data());
+      end = measure_next(costs + through * columns_, price_.data(), end.distance - row_price_[through], through,
+                         columns_, distance_.data(), path_.data());
     }
     for (const Closed& before : closed_) {
       const double gain = end.distance - before.distance;
@@ -184,7 +206,8 @@ class Search {
   int64_t gts_;
   int64_t columns_;
   std::vector<int64_t> rows_;  // the valid ground truths
-  std::vector<double> cost_;
+  std::vector<float> near_;    // costs by row: finite ones,
+  std::vector<double> far_;    // or any
   std::vector<double> price_;
   std::vector<double> distance_;
   std::vector<int64_t> path_;

@@ -129,7 +129,7 @@ __device__ void serve(int row, int columns, const double* costs, const State& st
     Nearest nearest{kHungarianFar, columns};
     for (int n = threadIdx.x; n < columns; n += kThreads) {
       if (step > 0 && state.closed[n] == row) continue;
-      double distance = hungarian_distance(base, cost[n], state.price[n]);
+      double distance = base + (cost[n] - state.price[n]);
       if (step == 0 || distance < state.distance[n]) {
         state.distance[n] = distance;
         state.path[n] = through;

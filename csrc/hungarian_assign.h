@@ -1,7 +1,8 @@
 // The mathematics of hungarian_assign, once for the C++ and the CUDA kernel.
 //
 // All is computed in double, by the sums of the PyTorch reference in its order, so that all backends take the
-// same decisions. Products are rounded on their own: nothing is contracted into FMA.
+// same decisions: a column is (distance of the row - price of the row) + (cost - price of the column) away.
+// Products are rounded on their own: nothing is contracted into FMA.
 #pragma once
 
 #include <limits>
@@ -39,8 +40,5 @@ DRCNN_HOST_DEVICE HungarianBounds hungarian_bounds(double low, double high, int6
 DRCNN_HOST_DEVICE double hungarian_cost(double cost, const HungarianBounds& bounds) {
   return hungarian_is_finite(cost) ? cost : (cost < 0 ? bounds.best : bounds.worst);
 }
-
-// The distance of a column through a row: `base` is the distance of the row less its price.
-DRCNN_HOST_DEVICE double hungarian_distance(double base, double cost, double price) { return base + (cost - price); }
 
 }  // namespace drcnn
