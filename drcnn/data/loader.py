@@ -1,8 +1,8 @@
 """Batches for training and evaluation.
 
 A fetch is asked for by a key (step, slot, index), where the step is the number of a batch in the stream, and
-depends on nothing else, so that any number of workers, and any number of processes, gives the same batches. Errors cross the border of a worker
-process as values: an exception would arrive as a traceback.
+depends on nothing else, so that any number of workers, and any number of processes, gives the same batches.
+Errors cross the border of a worker process as values: an exception would arrive as a traceback.
 """
 
 import signal
