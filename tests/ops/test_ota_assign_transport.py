@@ -280,7 +280,7 @@ def test_triton_kernels_in_the_interpreter(in_the_interpreter):
 
 def _run(backend, device, inputs):
     with use_backend(backend):
-        return ota_assign(*(t.to(device) for t in inputs))
+        return ota_assign(*(t.to(device) for t in inputs), iterations=15)
 
 
 def _assert_same(result, expected):
