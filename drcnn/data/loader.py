@@ -1,8 +1,8 @@
 """Batches for training and evaluation.
 
-A fetch is asked for by a key (step, slot, index) and depends on nothing else, so that any number of
-workers, and any number of processes, gives the same batches. Errors cross the border of a worker
-process as values: an exception would arrive as a traceback.
+A fetch is asked for by a key (step, slot, index), where the step is the number of a batch in the stream, and
+depends on nothing else, so that any number of workers, and any number of processes, gives the same batches.
+Errors cross the border of a worker process as values: an exception would arrive as a traceback.
 """
 
 import signal
@@ -207,7 +207,8 @@ def train_loader(
 ) -> BatchLoader:
     """Batches of the steps ``start_step .. start_step + num_steps - 1``.
 
-    The batch of a step depends on the seed and the step alone; each process gets its contiguous share.
+    The batch of a step depends on the seed and the step alone; each process gets its contiguous share. An
+    iteration of training takes one step, or several for a collage.
 
     Args:
         dataset (CocoDataset): images to train on.

@@ -128,7 +128,7 @@ def test_a_split_without_annotations_gives_results_only(tiny_run, tiny_data, tin
 
 @pytest.mark.parametrize(
     ("model", "stages"),
-    [(presets.light_cascade_rcnn(4), 3), (sparse_presets.light_sparse_rcnn(4, proposals=10), 4)],
+    [(presets.light_cascade_rcnn(4), 3), (sparse_presets.light_sparse_rcnn(4, proposals=10), 6)],
     ids=["cascade", "sparse"],
 )
 def test_ap_by_stage(make_run, model, stages, capsys):

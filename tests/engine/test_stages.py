@@ -21,13 +21,13 @@ def test_each_stage_of_a_sparse_detector_detects_its_own_boxes(images):
     model = sparse_presets.light_sparse_rcnn(3, proposals=7).build().eval()
     outputs = model.stages(images)
     found = at_each_stage(model, lambda: model(images))
-    assert len(found) == len(outputs) == 4
+    assert len(found) == len(outputs) == 6
     for detections, output in zip(found, outputs, strict=True):
         expected = model.head.detect(output, images)
         assert torch.equal(detections.boxes, expected.boxes)
         assert torch.equal(detections.scores, expected.scores)
     assert not torch.equal(found[0].boxes, found[1].boxes)
-    assert torch.equal(model(images).boxes, found[-1].boxes) and len(model.head.stages) == 4
+    assert torch.equal(model(images).boxes, found[-1].boxes) and len(model.head.stages) == 6
 
 
 @torch.no_grad()

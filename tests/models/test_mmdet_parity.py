@@ -280,7 +280,8 @@ def mask_loss_in_pieces(head: nn.Module, pooled: list[Tensor], samples: Samples,
     """The mean over all positives from those of a few slots at a time, with gradients."""
     positive, total = samples.labels < head.num_classes, 0.0
     for start in range(0, positive.shape[1], 16):
-        piece = Samples(*(values[:, start : start + 16] for values in samples))
+        slots = slice(start, start + 16)
+        piece = Samples(*(values[:, slots] for values in samples[:-1]), samples.max_positive)
         share = positive[:, start : start + 16].sum() / positive.sum()
         loss = head.losses(pooled, piece, masks)["loss_mask"] * share
         loss.backward()

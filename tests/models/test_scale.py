@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from drcnn import presets
+from drcnn import presets, sparse_presets
 from drcnn.data import Batch, Stitcher
 from drcnn.data.bitmasks import BitMasks
 from drcnn.dynamics import ScaleTraining, ScaleTrainingConfig
@@ -30,6 +30,10 @@ DETECTORS = {
     "cascade": CASCADE,
     "retinanet": replace(presets.light_retinanet(num_classes=3), scale=DST),
     "fcos": replace(presets.light_fcos(num_classes=3), scale=DST),
+    "sparse": presets.scale_training(sparse_presets.light_sparse_rcnn(num_classes=3, proposals=20), DST),
+    "dynamic sparse": presets.scale_training(
+        sparse_presets.dynamic_assignment(sparse_presets.light_sparse_rcnn(num_classes=3, proposals=20)), DST
+    ),
 }
 ALL = pytest.mark.parametrize("config", DETECTORS.values(), ids=DETECTORS.keys())
 
@@ -67,7 +71,7 @@ def test_recorded_losses_are_those_of_training(config):
     regression, classification, boxes = model.scale.sums
     assert (regression > 0).all() and (classification > 0).all()
     assert boxes.tolist() == [4, 2, 2]
-    wanted = sum(v for k, v in losses.items() if k.startswith("loss_box"))
+    wanted = sum(v for k, v in losses.items() if k.startswith(("loss_box", "loss_l1", "loss_giou")))
     assert regression.sum().item() == pytest.approx(wanted.item(), rel=1e-5)
     assert classification.sum().item() < sum(
         v.item() for k, v in losses.items() if k.startswith("loss_classification")

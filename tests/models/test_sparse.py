@@ -157,7 +157,7 @@ def test_state_holds_the_proposals_once(config):
         name for name in build(config).state_dict() if not name.startswith(("backbone.", "fpn.", "head."))
     ]
     assert {"proposals.boxes", "proposals.features"} <= set(names)
-    assert all(name.startswith("proposals.") for name in names)
+    assert all(name.startswith(("proposals.", "scale.")) for name in names)
 
 
 @BOTH

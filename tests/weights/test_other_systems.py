@@ -44,7 +44,7 @@ def state_of(config) -> dict[str, torch.Tensor]:
     return {
         name: torch.rand(tensor.shape, generator=generator) + 0.5
         for name, tensor in model.state_dict().items()
-        if not name.startswith("dynamics.")
+        if not name.startswith(("dynamics.", "scale."))
     }
 
 
