@@ -11,7 +11,7 @@ namespace drcnn {
 constexpr float kOtaLargest = 1e6f;  // of the costs, which are finite
 constexpr float kOtaLeast = 1e-30f;  // that a supplier counts as shipping, so that its potential stays finite
 constexpr float kOtaStride = 1.7f;   // of a move of the potentials, in moves that would satisfy the supplies
-constexpr float kOtaTie = 1.0005e-3f;      // -log(0.999): a share of which the logarithm is nearer to the largest ties
+constexpr float kOtaTie = 1.0005e-3f;      // -log(0.999): a share whose logarithm is nearer to the largest ties
 constexpr float kOtaClaim = 0.694147681f;  // -log(0.999 / 2): from here on a share contests a prediction
 
 struct OtaRule {

@@ -120,22 +120,10 @@ def ota_assign(
     logits, boxes, gt_boxes, image_sizes = (
         tensor.detach().float() for tensor in (logits, boxes, gt_boxes, image_sizes)
     )
+    inputs = (logits, boxes, gt_boxes, gt_labels, gt_valid, image_sizes)
     costs = (class_weight, l1_weight, giou_weight, alpha, gamma)
     supplies = (top_q, fixed_k, unit_offset, max_share)
-    return OtaAssignment(
-        *run(
-            logits,
-            boxes,
-            gt_boxes,
-            gt_labels,
-            gt_valid,
-            image_sizes,
-            *costs,
-            *supplies,
-            epsilon,
-            iterations,
-        )
-    )
+    return OtaAssignment(*run(*inputs, *costs, *supplies, epsilon, iterations))
 
 
 def _check_tensors(
@@ -156,10 +144,7 @@ def _check_tensors(
     check_shape("gt_boxes", gt_boxes, (images, gts, 4))
     check_shape("gt_labels", gt_labels, (images, gts))
     check_shape("image_sizes", image_sizes, (images, 2))
-    for name, tensor, dtype in (
-        ("gt_labels", gt_labels, torch.int64),
-        ("gt_valid", gt_valid, torch.bool),
-    ):
+    for name, tensor, dtype in (("gt_labels", gt_labels, torch.int64), ("gt_valid", gt_valid, torch.bool)):
         if tensor.dtype != dtype:
             raise ValueError(f"{name} must be {dtype}, got {tensor.dtype}")
     for name, tensor in (
