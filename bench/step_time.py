@@ -4,9 +4,10 @@
     python bench/step_time.py configs/bccd.py --backends native reference --rounds 50 --data.root ...
 
 Each round takes one batch and steps every detector on it, in changing order, so that what else the machine
-does hits all alike. A detector with scale training stitches several when it wants a collage, which is timed.
-It prints the seconds per step, median and sum, and the ratio to torchvision's detector of the same sizes
-(from the last config). Loading is not timed. Other flags set fields of the configs.
+does hits all alike. A config with data settings of its own gets the same images by these settings. A
+detector with scale training stitches several batches when it wants a collage, which is timed. It prints the
+seconds per step, median and sum, and the ratio to torchvision's detector of the same sizes (from the last
+config). Loading is not timed. Other flags set fields of the configs.
 """
 
 import argparse
@@ -35,12 +36,12 @@ def main() -> None:
     configs = {Path(file).stem: load_config(file, flags) for file in arguments.configs}
     last = list(configs.values())[-1]
     detectors = {
-        name if backend == "auto" else f"{name} {backend}": (config.model, backend)
+        name if backend == "auto" else f"{name} {backend}": (config, backend)
         for name, config in configs.items()
         for backend in arguments.backends
     }
     torch.manual_seed(0)
-    models = {name: detector.build().train() for name, (detector, _) in detectors.items()}
+    models = {name: config.model.build().train() for name, (config, _) in detectors.items()}
     models["torchvision"] = TorchvisionDetector(last).train()
     optimizers = {
         name: build_optimizer(last.optim, model, last.data.batch_size) for name, model in models.items()
@@ -48,28 +49,32 @@ def main() -> None:
     seconds: dict[str, list[float]] = {name: [] for name in models}
     collages = dict.fromkeys(models, 0)
     dataset, rounds = load_split(last.data, "train"), arguments.rounds + WARM_UP
-    most = max(detector.scale.most_batches for detector, _ in detectors.values())
-    batches = iter(train_loader(dataset, last.data, seed=0, start_step=0, num_steps=rounds * most))
+    most = max(config.model.scale.most_batches for config in configs.values())
+    steps = {"seed": 0, "start_step": 0, "num_steps": rounds * most}
+    streams = {
+        data: iter(train_loader(dataset, data, **steps))
+        for data in {config.data for config in configs.values()}
+    }
     names = list(models)
     for index in range(rounds):
-        loaded = [next(batches) for _ in range(most)]
+        loaded = {data: [next(stream) for _ in range(most)] for data, stream in streams.items()}
         for name in names[index % len(names) :] + names[: index % len(names)]:
-            detector, backend = detectors.get(name, (None, "auto"))
+            config, backend = detectors.get(name, (last, "auto"))
             with use_backend(backend):
                 start = time.perf_counter()
-                batch = loaded[0]
-                if detector is not None and models[name].scale.collage:
-                    stitch = Stitcher(detector.scale, detector.pixel_mean, last.data.pad_multiple)
-                    batch = stitch(loaded[: detector.scale.components], "cpu")
+                batch = loaded[config.data][0]
+                if name in detectors and models[name].scale.collage:
+                    stitch = Stitcher(config.model.scale, config.model.pixel_mean, config.data.pad_multiple)
+                    batch = stitch(loaded[config.data][: config.model.scale.components], "cpu")
                     collages[name] += index >= WARM_UP
                 loss = sum(models[name](batch.images, batch.targets).values())
-                if detector is not None:
+                if name in detectors:
                     models[name].scale.decide()
                 optimizers[name].zero_grad()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(models[name].parameters(), 10.0)
                 optimizers[name].step()
-                if detector is not None:
+                if name in detectors:
                     models[name].dynamics.update()
             if index >= WARM_UP:
                 seconds[name].append(time.perf_counter() - start)

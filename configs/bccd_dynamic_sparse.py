@@ -1,4 +1,7 @@
-"""Dynamic Sparse R-CNN, light, from scratch on a CPU, on blood cells (BCCD)."""
+"""Dynamic Sparse R-CNN on a CPU, light, on blood cells (BCCD).
+
+Begin with the weights of bccd_baseline.py: --train.weights RUN --train.partial-weights.
+"""
 
 from drcnn import presets, sparse_presets
 from drcnn.config import Config

@@ -1,4 +1,7 @@
-"""Sparse R-CNN, light, from scratch on a CPU, on nuclei (Data Science Bowl 2018)."""
+"""Sparse R-CNN on a CPU, light, on nuclei (Data Science Bowl 2018).
+
+Begin with the weights of dsb_baseline.py: --train.weights RUN --train.partial-weights.
+"""
 
 from drcnn import presets, sparse_presets
 from drcnn.config import Config

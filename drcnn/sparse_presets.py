@@ -53,8 +53,9 @@ def dynamic_proposals(
         detector: the Sparse R-CNN.
         anneal_iterations: over which the temperature of the mixture falls to 1; the paper gives no number.
     """
-    count = detector.proposals.count
-    return replace(detector, proposals=DynamicProposalsConfig(count, anneal_iterations=anneal_iterations))
+    count, start = detector.proposals.count, detector.proposals.start
+    proposals = DynamicProposalsConfig(count, start=start, anneal_iterations=anneal_iterations)
+    return replace(detector, proposals=proposals)
 
 
 def dynamic_sparse_rcnn(
@@ -71,7 +72,11 @@ def dynamic_sparse_rcnn(
 
 
 def light_sparse_rcnn(num_classes: int, proposals: int = 100) -> SparseRCNNConfig:
-    """Sparse R-CNN that trains from scratch on a CPU, for small images: ResNet-18 with group norm.
+    """Sparse R-CNN that trains on a CPU, for small images: ResNet-18 with group norm.
+
+    Boxes start in a grid and move little at first, so that it learns in hundreds of iterations. It wants the
+    backbone and pyramid of ``presets.light_faster_rcnn``, trained on the same data, to begin with
+    (``--train.weights RUN --train.partial-weights``); from scratch it takes very long.
 
     Args:
         num_classes: object classes, without the background.
@@ -81,8 +86,8 @@ def light_sparse_rcnn(num_classes: int, proposals: int = 100) -> SparseRCNNConfi
         num_classes,
         ResNetConfig("resnet18", norm="gn", frozen_stages=0),
         FPNConfig(channels=64, top="none"),
-        LearnedProposalsConfig(proposals),
-        SparseHeadConfig(dynamic_channels=16, ffn_channels=256, detections=proposals),
+        LearnedProposalsConfig(proposals, start="grid"),
+        SparseHeadConfig(dynamic_channels=16, ffn_channels=256, delta_std=0.01, detections=proposals),
     )
 
 
@@ -96,7 +101,7 @@ def light_dynamic_proposals(detector: SparseRCNNConfig) -> SparseRCNNConfig:
 
 
 def light_dynamic_sparse_rcnn(num_classes: int, proposals: int = 100) -> SparseRCNNConfig:
-    """Dynamic Sparse R-CNN that trains from scratch on a CPU: the light Sparse R-CNN with DLA and DPG.
+    """Dynamic Sparse R-CNN that trains on a CPU: the light Sparse R-CNN with DLA and DPG.
 
     Args:
         num_classes: object classes, without the background.

@@ -10,12 +10,15 @@ levels P2 to P5; the trainer calls ``update`` once for each iteration.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from drcnn.errors import ConfigError
+
+Start = Literal["image", "grid"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,8 @@ class LearnedProposalsConfig:
 
     count: int = 300
     """N: proposals of an image."""
+    start: Start = "image"
+    """Boxes before training: each the whole image, or one cell of a grid each, which learns sooner."""
 
     def build(self, channels: int) -> "LearnedProposals":
         """Makes the proposals, with features of ``channels`` values."""
@@ -36,6 +41,8 @@ class DynamicProposalsConfig:
 
     count: int = 300
     """N: proposals of an image."""
+    start: Start = "image"
+    """Boxes before training, of every expert: each the whole image, or one cell of a grid each."""
     experts: int = 4
     """E: sets of N learned proposals that are mixed; with 1 it is Sparse R-CNN."""
     staircase: bool = True
@@ -57,7 +64,8 @@ class DynamicProposalsConfig:
 class LearnedProposals(nn.Module):
     """N boxes and N features that are parameters, the learnable proposals of Sparse R-CNN.
 
-    Every box starts as the whole image, (0.5, 0.5, 1, 1), and every feature as normal noise N(0, 1).
+    Every box starts as the whole image, (0.5, 0.5, 1, 1), or as a cell of a grid (both in section 4.3's study
+    of initialisation), and every feature as normal noise N(0, 1).
 
     Args:
         config: number of proposals.
@@ -71,7 +79,7 @@ class LearnedProposals(nn.Module):
         super().__init__()
         if config.count < 1:
             raise ConfigError(f"proposals.count must be at least 1, got {config.count}")
-        self.boxes = nn.Parameter(whole_image(config.count))
+        self.boxes = nn.Parameter(start_boxes(config.start, config.count))
         self.features = nn.Parameter(torch.randn(config.count, channels))
 
     def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -139,7 +147,7 @@ class DynamicProposals(nn.Module):
             raise ConfigError(
                 f"proposals.start_temperature must be finite and at least 1, got {config.start_temperature}"
             )
-        self.boxes = nn.Parameter(whole_image(config.experts, config.count))
+        self.boxes = nn.Parameter(start_boxes(config.start, config.count).repeat(config.experts, 1, 1))
         self.features = nn.Parameter(torch.randn(config.experts, config.count, channels))
         self.generator = WeightGenerator(config, channels)
         start = config.start_temperature if config.anneal_iterations > 0 else 1.0
@@ -267,13 +275,26 @@ def normalized_entropy(weights: Tensor) -> Tensor:
     return entropy / math.log(max(weights.shape[1], 2))
 
 
-def whole_image(*shape: int) -> Tensor:
-    """Makes normalised (cx, cy, w, h) boxes that cover the image.
+def start_boxes(start: Start, count: int) -> Tensor:
+    """Makes the boxes that proposals start as.
 
     Args:
-        shape: shape of the result, without the 4.
+        start: ``image``, or ``grid``: the first cells, row by row, of the grid nearest to a square that has
+            at least ``count``.
+        count: N, number of boxes.
 
     Returns:
-        Tensor[*shape, 4]: boxes.
+        Tensor[N, 4]: normalised (cx, cy, w, h).
     """
-    return torch.tensor([0.5, 0.5, 1.0, 1.0]).repeat(*shape, 1)
+    if start == "image":
+        return torch.tensor([0.5, 0.5, 1.0, 1.0]).repeat(count, 1)
+    columns = math.isqrt(count - 1) + 1
+    rows = math.ceil(count / columns)
+    y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    cells = [
+        (x + 0.5) / columns,
+        (y + 0.5) / rows,
+        torch.full(x.shape, 1 / columns),
+        torch.full(x.shape, 1 / rows),
+    ]
+    return torch.stack(cells, dim=-1).flatten(0, 1)[:count]

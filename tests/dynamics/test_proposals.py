@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.ops import box_iou
 
 from drcnn.dynamics import DynamicProposalsConfig, LearnedProposalsConfig
 from drcnn.errors import ConfigError
@@ -34,6 +35,23 @@ def test_learned_proposals_start_as_whole_images_with_normal_features():
     assert torch.equal(objects[0], objects[2])
     proposals.update()
     assert proposals.metrics() == {}
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 100, 300])
+def test_a_grid_of_proposals_covers_the_image(count):
+    boxes = LearnedProposalsConfig(count, start="grid").build(4).boxes.detach()
+    assert boxes.shape == (count, 4)
+    corners = torch.cat([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], dim=1)
+    assert corners.min() >= -1e-6 and corners.max() <= 1 + 1e-6
+    overlap = box_iou(corners, corners) - torch.eye(count)
+    assert overlap.max() <= 1e-5  # cells do not overlap, and only the end of the last row is left out
+    assert (boxes[:, 2] * boxes[:, 3]).sum().item() > (0.5 if count < 4 else 0.75)
+
+
+def test_experts_share_their_first_boxes():
+    boxes = replace(SMALL, start="grid").build(4).boxes
+    assert torch.equal(boxes[0], boxes[2])
+    assert torch.equal(boxes[0], LearnedProposalsConfig(7, start="grid").build(4).boxes)
 
 
 def test_proposals_need_a_count():

@@ -87,6 +87,23 @@ def test_images_without_objects_give_finite_losses(config, objects):
         assert (loss > 0) == (any(objects) or "classification" in name), name
 
 
+def test_small_first_deltas_leave_boxes_where_they_start():
+    config = replace(
+        LIGHT, proposals=LearnedProposalsConfig(9, start="grid"), head=replace(LIGHT.head, delta_std=1e-4)
+    )
+    model, (images, _) = build(config), batch()
+    start = to_pixels(model.proposals.boxes.expand(len(images.sizes), -1, -1), images.sizes)
+    last = model.stages(images)[-1].boxes
+    torch.testing.assert_close(last, start, rtol=0, atol=1)
+    far = build(replace(config, head=LIGHT.head)).stages(images)[-1].boxes
+    assert (far - start).abs().max() > 10
+
+
+def test_a_negative_spread_of_the_first_deltas_is_refused():
+    with pytest.raises(ConfigError, match=r"head.delta_std must be at least 0 or None, got -1"):
+        build(replace(LIGHT, head=replace(LIGHT.head, delta_std=-1.0)))
+
+
 def test_padding_of_ground_truths_changes_nothing():
     images, targets = batch(slots=5)
     few = build()(images, targets)
