@@ -55,6 +55,9 @@ class DynamicProposalsConfig:
     """Cells along each side of the map that the weights are computed from."""
     hidden: int = 1500
     """Units between the two fully connected layers of the weight generator."""
+    standardize: bool = True
+    """Give that map mean 0 and variance 1 in each image. If off, the weights soon choose the same expert in
+    every image, see :class:`WeightGenerator`."""
 
     def build(self, channels: int) -> "DynamicProposals":
         """Makes the proposals for levels, and with features, of ``channels`` values."""
@@ -218,6 +221,9 @@ class WeightGenerator(nn.Module):
     - The resizing is bilinear, without aligned corners. It commutes with the sum over channels, so the sum
       comes first. The whole padded canvas of the batch is resized.
     - Without the staircase (an ablation of the paper), P5 alone is resized.
+    - The resized map of an image is standardized, without parameters. A sum over 4 C channels is large, and
+      what all images share outweighs in it what tells them apart: without this, trained logits were of the
+      order of 100, and the softmax chose one expert for a proposal, the same in every image.
     - A ReLU between the fully connected layers, and PyTorch's initialisation of all layers.
 
     Args:
@@ -228,7 +234,7 @@ class WeightGenerator(nn.Module):
     def __init__(self, config: DynamicProposalsConfig, channels: int) -> None:
         super().__init__()
         self.shape = (config.experts, config.count)
-        self.grid = config.grid
+        self.grid, self.standardize = config.grid, config.standardize
         widths = [channels, 2 * channels, 3 * channels] if config.staircase else []
         self.steps = nn.ModuleList(
             nn.Conv2d(width, width, 3, stride=2, padding=1, groups=width) for width in widths
@@ -259,7 +265,10 @@ class WeightGenerator(nn.Module):
             x = torch.cat([x, level], dim=1)
         x = x.sum(dim=1, keepdim=True, dtype=torch.float32)
         x = F.interpolate(x, size=(self.grid, self.grid), mode="bilinear")
-        return self.fc2(F.relu(self.fc1(x.flatten(1)))).unflatten(1, self.shape)
+        x = x.flatten(1)
+        if self.standardize:
+            x = F.layer_norm(x, x.shape[1:])
+        return self.fc2(F.relu(self.fc1(x))).unflatten(1, self.shape)
 
 
 def normalized_entropy(weights: Tensor) -> Tensor:

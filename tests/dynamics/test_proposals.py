@@ -9,6 +9,7 @@ from torch import Tensor
 from torchvision.ops import box_iou
 
 from drcnn.dynamics import DynamicProposalsConfig, LearnedProposalsConfig
+from drcnn.dynamics.proposals import normalized_entropy
 from drcnn.errors import ConfigError
 
 SMALL = DynamicProposalsConfig(count=7, experts=3, anneal_iterations=10, grid=6, hidden=16)
@@ -97,9 +98,10 @@ def test_weights_sum_to_one_for_each_proposal_and_differ_between_images_and_prop
     assert weights.std(dim=2).min() > 1e-3
 
 
-def test_the_staircase_is_three_depth_wise_steps():
+@pytest.mark.parametrize("standardize", [True, False])
+def test_the_staircase_is_three_depth_wise_steps(standardize):
     torch.manual_seed(0)
-    generator = SMALL.build(8).generator
+    generator = replace(SMALL, standardize=standardize).build(8).generator
     p2, p3, p4, p5 = levels = pyramid(size=(24, 40))
     x = p2
     for step, level in zip(generator.steps, (p3, p4, p5), strict=True):
@@ -112,8 +114,20 @@ def test_the_staircase_is_three_depth_wise_steps():
     assert x.shape == (2, 32, 3, 5)
     # The order of the paper: resize every channel, then sum.
     x = F.interpolate(x, size=(6, 6), mode="bilinear").sum(dim=1).reshape(2, 36)
+    if standardize:
+        x = (x - x.mean(dim=1, keepdim=True)) / x.std(dim=1, correction=0, keepdim=True)
     expected = generator.fc2(generator.fc1(x).relu()).reshape(2, 3, 7)
     torch.testing.assert_close(generator(levels), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_large_features_leave_room_for_several_experts():
+    """What all images share, such as a mean far from 0, must not decide on the experts."""
+    torch.manual_seed(0)
+    levels = [100 * level + 50 for level in pyramid()]
+    warm = replace(SMALL, start_temperature=1.0)
+    entropy = normalized_entropy(warm.build(8).weights(levels)).mean()
+    assert entropy > 0.8
+    assert normalized_entropy(replace(warm, standardize=False).build(8).weights(levels)).mean() < 0.3
 
 
 def test_the_staircase_depends_on_every_level_and_without_it_on_p5_alone():
