@@ -18,7 +18,7 @@ from drcnn.data.bitmasks import BitMasks, pack_masks, pad_masks
 from drcnn.data.coco import CocoDataset
 from drcnn.data.config import DataConfig
 from drcnn.data.padding import pad_images, pad_targets
-from drcnn.data.sampler import StreamSampler, augmentation_generator
+from drcnn.data.sampler import StreamSampler, augmentation_generator, sampling_key
 from drcnn.data.transforms import augment, resized_shape, scale_boxes
 from drcnn.data.views import eval_views, make_view, pad_view
 from drcnn.errors import ConfigError, DataError
@@ -86,6 +86,7 @@ class _Example(NamedTuple):
     original_size: tuple[int, int]
     more_views: list[Tensor]
     masks: Tensor | None
+    key: int | None
 
 
 class _Failure(NamedTuple):
@@ -111,19 +112,20 @@ class _Examples(Dataset):
         own = ~dataset.crowd(index)
         boxes, labels = dataset.boxes(index)[own], torch.from_numpy(dataset.labels(index)[own])
         more_views: list[Tensor] = []
-        masks = None
+        masks = own_key = None
         if self._seed is None:
             image, *more_views = (make_view(array, view) for view in eval_views(config))
             resized = scale_boxes(boxes, size, (image.shape[-2], image.shape[-1]))
         else:
             generator = augmentation_generator(self._seed, key.step, key.slot)
+            own_key = sampling_key(self._seed, key.step, key.slot)
             segmentations = None
             if dataset.packed_segmentations is not None:
                 segmentations = [s for s, keep in zip(dataset.segmentations(index), own, strict=True) if keep]
             image, resized, drawn, kept = augment(array, boxes, config, generator, segmentations)
             labels = labels[torch.from_numpy(kept)]
             masks = None if drawn is None else pack_masks(drawn)
-        return _Example(image, resized, labels, index, size, more_views, masks)
+        return _Example(image, resized, labels, index, size, more_views, masks, own_key)
 
 
 class _Collate:
@@ -153,7 +155,8 @@ class _Collate:
         """One batch for each view."""
         config = self._config
         if self._train:
-            return [pad_images([e.image for e in examples], config, train=True)]
+            keys = torch.tensor([e.key for e in examples], dtype=torch.int64)
+            return [pad_images([e.image for e in examples], config, train=True)._replace(keys=keys)]
         shown = zip(*((e.image, *e.more_views) for e in examples), strict=True)
         return [pad_view(own, view, config) for own, view in zip(shown, eval_views(config), strict=True)]
 
