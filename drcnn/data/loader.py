@@ -246,12 +246,12 @@ def eval_loader(
     """Batches that hold every image once, the last one being shorter.
 
     The images come by the size they are resized to, so that little is padded; ``Batch.indices`` says
-    which they are. Of several processes each gets every ``world_size``-th image of that order.
+    which they are. Of several processes each gets every ``world_size``-th of the same batches.
 
     Args:
         dataset (CocoDataset): images to evaluate on.
         config (DataConfig): sizes and padding of evaluation.
-        batch_size (int): images per batch and process.
+        batch_size (int): images per batch.
         rank (int): which process this is.
         world_size (int): number of processes.
 
@@ -264,10 +264,10 @@ def eval_loader(
         for h, w in zip(dataset.heights, dataset.widths, strict=True)
     ]
     heights, widths = np.array(shapes).T
-    order = np.lexsort((heights, widths))[rank::world_size].tolist()
+    order = np.lexsort((heights, widths)).tolist()
     keys = [
         [_Key(0, slot, index) for slot, index in enumerate(order[start : start + batch_size])]
-        for start in range(0, len(order), batch_size)
+        for start in range(rank * batch_size, len(order), world_size * batch_size)
     ]
     return _batches(_Examples(dataset, config, None), keys, config, train=False)
 
