@@ -113,8 +113,8 @@ def process_group(device: torch.device, minutes: float = 30.0) -> Iterator[None]
 def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     """Wraps ``model`` for native data-parallel training when there is more than one rank.
 
-    Buffers are not broadcast at each step: the dynamics all-reduce their own state, and batch norm is frozen
-    or, if it is trained, local to its rank.
+    Buffers are not broadcast at each step: the dynamics all-reduce their own state, and batch norm is frozen,
+    synchronized (:func:`synchronize_batch_norm`) or local to its rank.
     """
     if world_size() == 1:
         return model
@@ -123,6 +123,46 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
         device_ids=[device.index] if device.type == "cuda" else None,
         broadcast_buffers=False,
         gradient_as_bucket_view=True,
+    )
+
+
+def synchronize_batch_norm(model: nn.Module, device: torch.device) -> None:
+    """Makes batch norm that is trained take its statistics over the images of all ranks; in place.
+
+    Frozen batch norm stays as it is. A single rank needs nothing.
+
+    Raises:
+        ConfigError: if there is none that is trained, or if the ranks are on CPUs, where torch cannot do it.
+    """
+    trained = [
+        (parent, name, part)
+        for parent in model.modules()
+        for name, part in parent.named_children()
+        if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.weight.requires_grad
+    ]
+    if not trained:
+        raise ConfigError(
+            "train.sync_bn has nothing to do: this model trains no batch norm; "
+            "leave it out, or set --model.backbone.norm bn"
+        )
+    if world_size() == 1:
+        return
+    if device.type != "cuda":
+        raise ConfigError(f"train.sync_bn needs ranks on GPUs, torch cannot do it on {device}; leave it out")
+    for parent, name, part in trained:
+        setattr(parent, name, nn.SyncBatchNorm.convert_sync_batchnorm(part))
+
+
+def share_of(sums: list[torch.Tensor]) -> torch.Tensor:
+    """Gives this rank its part of sums that each of some ranks had, so that their mean stays what it was."""
+    return sums[rank()] if len(sums) == world_size() else torch.stack(sums).mean(dim=0)
+
+
+def describe_change(before: int) -> str:
+    """Says that a run goes on with another number of ranks than it had."""
+    return (
+        f"ranks {before} -> {world_size()}: the same images in the same order and the same global batch; "
+        "sums of floating-point numbers are in another order"
     )
 
 

@@ -62,6 +62,8 @@ class Trainer:
         self.train_data, self.val_data, self.test_data = open_splits(config)
         torch.manual_seed(config.train.seed)  # the same initial weights on every rank
         self.model = build_model(config).to(self.device)
+        if config.train.sync_bn:
+            distributed.synchronize_batch_norm(self.model, self.device)
         self.optimizer = build_optimizer(config.optim, self.model, config.data.batch_size, scaled=fp16)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         self.window = LossWindow(self.device)
@@ -186,8 +188,9 @@ class Trainer:
                 f"a weight is not finite after iteration {self.step}, so no checkpoint was written; "
                 "lower --optim.lr"
             )
+        windows = distributed.gather_objects(self.window.sums.cpu())
         if distributed.is_main():
-            save_checkpoint(self.run / "checkpoints" / name, self.state())
+            save_checkpoint(self.run / "checkpoints" / name, self.state() | {"rank_sums": windows})
 
     def evaluate_val(self) -> None:
         """Evaluates on the val split and keeps the best weights by AP, of the masks if there are any."""
@@ -210,7 +213,7 @@ class Trainer:
             dataset,
             self.config.data,
             device=self.device,
-            batch_size=max(1, self.config.data.batch_size // self.world_size),
+            batch_size=self.config.train.eval_batch_size,
             amp=self.config.train.amp,
             progress=progress,
         )
@@ -269,6 +272,7 @@ class Trainer:
             "drcnn_version": __version__,
             "step": self.step,
             "position": self.position,
+            "ranks": self.world_size,
             "model": self.model.state_dict(),
             "ema": None,
             "optimizer": self.optimizer.state_dict(),
@@ -294,6 +298,10 @@ class Trainer:
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.window.load_state_dict(state["window"])
+        sums = state.get("rank_sums", [self.window.sums])
+        self.window.sums = distributed.share_of(sums).to(self.device)
+        if state.get("ranks", self.world_size) != self.world_size:
+            self.loaded.append(distributed.describe_change(state["ranks"]))
         self.step, self.best = int(state["step"]), state["best"]
         self.position = int(state.get("position", self.step))
 
