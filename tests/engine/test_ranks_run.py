@@ -4,11 +4,14 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
+import subprocess
 import sys
+import time
 import traceback
-from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,8 +21,8 @@ from drcnn import eval as evaluation
 from drcnn import train
 from drcnn.config import Config
 from drcnn.data import DataConfig, SplitConfig
-from drcnn.data.loader import train_loader
 from drcnn.dynamics import DynamicTrainingConfig, ScaleTrainingConfig
+from drcnn.engine import rank_watch
 from drcnn.engine.checkpoint import load_checkpoint
 from drcnn.engine.optim import OptimConfig
 from drcnn.engine.trainer import TrainConfig, Trainer
@@ -124,7 +127,7 @@ def _ranks(rank: int, config_file: str, folder) -> None:
 
 @pytest.fixture(scope="module")
 def data(tiny_coco, tmp_path_factory) -> DataConfig:
-    """Half of the images have no object; all training images have one canvas, so that no rank pads them less."""
+    """Half of the images have no object; all training images have one canvas, so that ranks pad alike."""
     root = tmp_path_factory.mktemp("ranks_data")
     (root / "images").symlink_to(tiny_coco / "images")
     (root / "annotations").mkdir()
@@ -246,7 +249,93 @@ def test_shared_evaluation_is_that_of_one_rank(runs):
         assert one == two and len(one) > 100
 
 
-def test_a_batch_that_the_ranks_cannot_share(data):
-    with pytest.raises(train.ConfigError, match="batch_size 3 cannot be shared out evenly to 2 processes"):
-        three = replace(data, batch_size=3)
-        train_loader([], three, seed=0, start_step=0, num_steps=1, world_size=2)
+def _failing(rank: int, port: int, folder, argv: list[str], hangs: bool) -> None:
+    enter_rank(rank, port, folder)
+    forward = Trainer.forward
+
+    def stuck(self, batch):
+        if rank == 1 and self.step == 1:
+            time.sleep(600)
+        return forward(self, batch)
+
+    if hangs:
+        Trainer.forward, rank_watch._GRACE = stuck, 3.0
+    try:
+        code = train.main([*argv, "--out", str(folder / "run")])
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    os._exit(code)
+
+
+def fail(tmp_path, *argv: str, hangs: bool = False) -> list[str]:
+    """Runs two ranks that both have to end with code 2, and returns the lines of their errors."""
+    codes = start_ranks(_failing, free_port(), tmp_path, [*argv], hangs)
+    text = "".join((tmp_path / f"output{rank}.txt").read_text() for rank in range(2))
+    assert codes == [2, 2], text
+    assert "Traceback" not in text
+    return [line for line in text.splitlines() if line.startswith("error: ")]
+
+
+def test_a_bad_file_on_one_rank_ends_all_with_one_line(config_file, data, tmp_path):
+    shutil.copytree(data.root, tmp_path / "data")
+    bad = sorted((tmp_path / "data/images/train").iterdir())[3]
+    bad.write_bytes(bad.read_bytes()[:300])
+    (line,) = fail(tmp_path, config_file, "--data.root", str(tmp_path / "data"))
+    assert re.match(r"error: rank [01] of 2: .*" + re.escape(bad.name), line)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data.batch-size", "3"], r"batch_size 3 cannot be shared out evenly"),
+        (["--train.sync-bn"], r"train.sync_bn has nothing to do: this model trains no batch norm"),
+        (
+            ["--train.sync-bn", "--model.backbone.norm", "bn", "--model.backbone.frozen-stages", "4"],
+            r"train.sync_bn needs ranks on GPUs, torch cannot do it on cpu",
+        ),
+    ],
+)
+def test_what_ranks_cannot_do_is_said_once(config_file, tmp_path, flags, message):
+    (line,) = fail(tmp_path, config_file, *flags)
+    assert re.match(rf"error: rank [01] of 2: .*{message}", line)
+
+
+def test_a_rank_that_hangs_is_named(config_file, tmp_path):
+    (line,) = fail(tmp_path, config_file, "--train.rank-timeout", "0.1", hangs=True)
+    assert re.match(r"error: rank 0 of 2: waited 0.1 minutes .* for rank 1 of 2 \(.*, pid \d+\)", line)
+
+
+DIES = """
+import os, pathlib, signal, threading, time
+
+
+def die():
+    while not pathlib.Path({metrics!r}).is_file() or not pathlib.Path({metrics!r}).read_text():
+        time.sleep(0.01)
+    pathlib.Path({killed!r}).write_text(str(time.time()))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+if os.environ["RANK"] == "1":
+    threading.Thread(target=die, daemon=True).start()
+"""
+
+
+def test_a_killed_rank_ends_torchrun_within_a_minute(config_file, tmp_path):
+    dying = tmp_path / "dying.py"
+    places = {"metrics": str(tmp_path / "run/metrics.jsonl"), "killed": str(tmp_path / "killed")}
+    dying.write_text(Path(config_file).read_text() + DIES.format(**places))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    flags = ["--out", str(tmp_path / "run"), "--data.workers", "1", "--optim.iterations", "100000"]
+    done = subprocess.run(
+        [*launch, "-m", "drcnn.train", str(dying), *flags, "--train.log-every", "1"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    ended = time.time()
+    assert done.returncode != 0
+    assert re.search(r"^error: rank 1 of 2 \(.*, pid \d+\) died without a word", done.stderr, re.MULTILINE)
+    assert "Signal 9 (SIGKILL)" in done.stderr, "torchrun's report"
+    assert ended - float((tmp_path / "killed").read_text()) < 60
