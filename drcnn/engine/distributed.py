@@ -158,14 +158,6 @@ def share_of(sums: list[torch.Tensor]) -> torch.Tensor:
     return sums[rank()] if len(sums) == world_size() else torch.stack(sums).mean(dim=0)
 
 
-def describe_change(before: int) -> str:
-    """Says that a run goes on with another number of ranks than it had."""
-    return (
-        f"ranks {before} -> {world_size()}: the same images in the same order and the same global batch; "
-        "sums of floating-point numbers are in another order"
-    )
-
-
 def mean_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, float]:
     """Averages each value over the ranks; waits for the device, so it is for log events only."""
     if world_size() == 1:

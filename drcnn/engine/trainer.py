@@ -300,8 +300,9 @@ class Trainer:
         self.window.load_state_dict(state["window"])
         sums = state.get("rank_sums", [self.window.sums])
         self.window.sums = distributed.share_of(sums).to(self.device)
-        if state.get("ranks", self.world_size) != self.world_size:
-            self.loaded.append(distributed.describe_change(state["ranks"]))
+        ranks = state.get("ranks", self.world_size)
+        if ranks != self.world_size:  # floating-point numbers are added in another order
+            self.changes.append(f"ranks {ranks} -> {self.world_size}")
         self.step, self.best = int(state["step"]), state["best"]
         self.position = int(state.get("position", self.step))
 
