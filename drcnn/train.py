@@ -63,7 +63,8 @@ def main(argv: list[str]) -> int:
     if arguments.resume and arguments.overwrite:
         raise ConfigError("--resume continues a run and --overwrite deletes it; pass one of them")
     run = Path(arguments.out) if arguments.out else Path("runs") / path.stem
-    with distributed.process_group(distributed.rank_device(config.train.device)):
+    device = distributed.rank_device(config.train.device)
+    with distributed.process_group(device, config.train.rank_timeout):
         prepare_run_folder(run, config, resume=arguments.resume, overwrite=arguments.overwrite)
         spoken = shlex.join(["drcnn", "train", *argv])
         trainer = Trainer(config, to_dict(config), run, resume=arguments.resume, command=spoken)

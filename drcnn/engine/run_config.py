@@ -22,12 +22,18 @@ class TrainConfig:
     """Device: auto (CUDA where there is one), cpu, cuda or cuda:N."""
     threads: int | None = None
     """CPU threads of torch; None leaves torch's choice."""
+    sync_bn: bool = False
+    """Batch norm that is trained takes its statistics over all ranks, on GPUs."""
+    rank_timeout: float = 30.0
+    """Minutes that a rank waits for the others before the run ends; more than a scoring of val takes."""
     log_every: int = 20
     """Iterations between log lines; losses are means over them."""
     checkpoint_every: int = 5000
     """Iterations between writings of checkpoints/last.pt; 0 writes it only at the end."""
     eval_every: int = 0
     """Iterations between evaluations on the val split, the best of which is kept; 0 evaluates at the end."""
+    eval_batch_size: int = 4
+    """Images per forward of these evaluations on each rank; results follow from it, not from the ranks."""
     pictures: int = 8
     """Number of pictures of predictions drawn at the end."""
 
@@ -36,5 +42,9 @@ class TrainConfig:
         for name, least in (("seed", 0), ("log_every", 1), ("checkpoint_every", 0), ("eval_every", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"train.{name} must be at least {least}, got {getattr(self, name)}")
+        if self.eval_batch_size < 1:
+            raise ConfigError(f"train.eval_batch_size must be at least 1, got {self.eval_batch_size}")
+        if not 0 < self.rank_timeout <= 60 * 24 * 365:
+            raise ConfigError(f"train.rank_timeout must be positive minutes, got {self.rank_timeout}")
         if self.threads is not None and self.threads < 1:
             raise ConfigError(f"train.threads must be at least 1 or None, got {self.threads}")
