@@ -127,9 +127,7 @@ def predict(
             loaded: dict[int, np.ndarray] = {}
             for index in batch:
                 try:
-                    loaded[index] = load_image(
-                        files[index], upright=True, max_pixels=arguments.max_pixels
-                    )
+                    loaded[index] = load_image(files[index], upright=True, max_pixels=arguments.max_pixels)
                 except DataError as error:
                     broken.append(files[index])
                     progress.say(f"warning: {one_line(error)}; going on with the others")

@@ -122,9 +122,7 @@ class CocoDataset:
         size = int(self.heights[index]), int(self.widths[index])
         upright = self.source.format == "yolo"
         try:
-            return load_image(
-                self.image_path(index), size=size, upright=upright, max_pixels=self.max_pixels
-            )
+            return load_image(self.image_path(index), size=size, upright=upright, max_pixels=self.max_pixels)
         except DataError as error:
             raise DataError(f"{error} (id {self.image_ids[index]} in {self.annotation_file})") from None
 

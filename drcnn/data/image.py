@@ -143,9 +143,7 @@ def _oriented(image: Image.Image, size: tuple[int, int] | None, upright: bool) -
     return ImageOps.exif_transpose(image)
 
 
-def _to_rgb(
-    image: Image.Image, path: str | os.PathLike[str], size: tuple[int, int] | None
-) -> np.ndarray:
+def _to_rgb(image: Image.Image, path: str | os.PathLike[str], size: tuple[int, int] | None) -> np.ndarray:
     if size is not None and (image.height, image.width) != size:
         raise _another_size(image, path, size)
     if image.mode == "F":

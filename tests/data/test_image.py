@@ -90,7 +90,7 @@ def png_header(width, height):
 def test_an_image_bomb_is_refused_before_it_is_decoded(tmp_path, size):
     path = tmp_path / "bomb.png"
     path.write_bytes(png_header(*size))
-    with pytest.raises(DataError, match=rf"bomb.png is {size[0]}x{size[1]} pixels .*178956970.*--data.max-pix"):
+    with pytest.raises(DataError, match=rf"bomb.png is {size[0]}x{size[1]} .*178956970.*--data.max-pixels"):
         load_image(path)
     assert Image.MAX_IMAGE_PIXELS is not None
 
@@ -99,7 +99,7 @@ def test_the_limit_of_pixels_can_be_moved(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # what Pillow refuses, the limit may still allow
     path = save(tmp_path, PIXELS)
     np.testing.assert_array_equal(load_image(path, max_pixels=35), PIXELS)
-    with pytest.raises(DataError, match="7x5 pixels .*more than the limit of 34"):
+    with pytest.raises(DataError, match=r"7x5 pixels .*more than the limit of 34"):
         load_image(path, max_pixels=34)
     assert Image.MAX_IMAGE_PIXELS == 10
 
@@ -107,7 +107,7 @@ def test_the_limit_of_pixels_can_be_moved(tmp_path, monkeypatch):
 def test_an_image_of_another_size_is_not_decoded(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(png_header(3000, 2000))
-    with pytest.raises(DataError, match="3000x2000 pixels .*annotations say 9x5"):
+    with pytest.raises(DataError, match=r"3000x2000 pixels .*annotations say 9x5"):
         load_image(path, size=(5, 9))
 
 
