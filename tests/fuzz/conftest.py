@@ -1,7 +1,7 @@
 """Fuzzing: seeded damage to the files that users bring.
 
-Every case ends in success, with finite values, or in an error of one line; never in another exception, a warning, a
-hang or a great reservation of memory. A case that fails prints its name, and runs alone as
+Every case ends in success, with finite values, or in an error of one line; never in another exception, a
+warning, a hang or a great reservation of memory. A case that fails prints its name, and runs alone as
 
     DRCNN_FUZZ=coco:1234 pytest tests/fuzz
 
@@ -61,7 +61,9 @@ class Damage:
         container, key = content, ""
         while isinstance(container[key], list | dict) and container[key] and self.random.random() < 0.85:
             container = container[key]
-            key = self.random.choice(list(range(len(container)) if isinstance(container, list) else container))
+            key = self.random.choice(
+                list(range(len(container)) if isinstance(container, list) else container)
+            )
         return container, key
 
     def _odd(self, content: Any, container: Any, key: Any) -> None:
@@ -78,7 +80,9 @@ class Damage:
             container[key] = value * factor + self.random.choice((0, 1, -1, 0.5))
         elif isinstance(value, str):
             at = self.random.randrange(len(value) + 1)
-            container[key] = value[:at] + str(self.random.choice(("", "\0", "\n", "..", "/", "~", "é"))) + value[at:]
+            container[key] = (
+                value[:at] + str(self.random.choice(("", "\0", "\n", "..", "/", "~", "é"))) + value[at:]
+            )
         else:
             self._odd(content, container, key)
 
@@ -158,7 +162,9 @@ class Fuzzer:
                 failures.append(f"{kind}:{seed} ended in {said} ({where.filename}:{where.lineno})")
         self._node.user_properties.append(("fuzz", (kind, cases, refused, len(failures))))
         if failures:
-            pytest.fail("\n".join([f"{len(failures)} of {cases} cases failed", *failures[:20]]), pytrace=False)
+            pytest.fail(
+                "\n".join([f"{len(failures)} of {cases} cases failed", *failures[:20]]), pytrace=False
+            )
 
 
 class Overtime(BaseException):

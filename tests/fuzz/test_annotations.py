@@ -63,8 +63,36 @@ XML = (
     b"\0",
     b"\xff",
 )
-WORDS = ("nan", "inf", "-1", "1e308", "1e999", "0", "1", "0.5", "2", "9" * 400, "x", "1_0", "٣", "\x1f", "1.5")
-ENTRIES = ("a", "../a", "/etc/passwd", "b b", "a\0", ".", "/", "..", "é", "c" * 300, "images/train/../../x.png")
+WORDS = (
+    "nan",
+    "inf",
+    "-1",
+    "1e308",
+    "1e999",
+    "0",
+    "1",
+    "0.5",
+    "2",
+    "9" * 400,
+    "x",
+    "1_0",
+    "٣",
+    "\x1f",
+    "1.5",
+)
+ENTRIES = (
+    "a",
+    "../a",
+    "/etc/passwd",
+    "b b",
+    "a\0",
+    ".",
+    "/",
+    "..",
+    "é",
+    "c" * 300,
+    "images/train/../../x.png",
+)
 
 
 def polygons(x: float, y: float, w: float, h: float) -> list[list[float]]:
@@ -203,7 +231,9 @@ def test_coco(fuzz, damage, images, part):
         if how < 0.25:
             data = damage(random).bytes(data)
         elif how < 0.28:
-            data = data.decode().encode(random.choice(("utf-16", "utf-8-sig", "utf-32", "latin-1")), "replace")
+            data = data.decode().encode(
+                random.choice(("utf-16", "utf-8-sig", "utf-32", "latin-1")), "replace"
+            )
         (path / "annotations.json").write_bytes(data)
         assert_usable(draw_config(random, root, split), random)
 
@@ -216,7 +246,13 @@ def test_yolo(fuzz, damage, tmp_path, images, part):
         (tmp_path / folder).mkdir(parents=True)
     for name in SIZES:
         (tmp_path / "images/train" / name).symlink_to(images / name)
-    described = {"path": ".", "train": "images/train", "val": "images/train", "nc": 2, "names": ["cat", "dog"]}
+    described = {
+        "path": ".",
+        "train": "images/train",
+        "val": "images/train",
+        "nc": 2,
+        "names": ["cat", "dog"],
+    }
     rows = {
         "a": "0 .5 .5 .2 .2\n1 .3 .3 .1 .1\n0 .1 .1 .4 .1 .4 .4 .1 .4\n",
         "b": "1 .5 .5 1 1\n",
@@ -244,7 +280,7 @@ def test_yolo(fuzz, damage, tmp_path, images, part):
             changed = {**described, "train": "list.txt", "val": random.choice(("list.txt", "images/train"))}
         data = json.dumps(changed, ensure_ascii=random.random() < 0.9).encode(errors="surrogatepass")
         if 0.6 < how < 0.7:
-            lines = "path: .\ntrain: images/train\nval: images/train\nnames: [cat, dog]\n".encode()
+            lines = b"path: .\ntrain: images/train\nval: images/train\nnames: [cat, dog]\n"
             data = damage(random).bytes(lines, YAML)
         (tmp_path / "data.yaml").write_bytes(data)
         lines = [f"images/train/{name}" for name in SIZES]
