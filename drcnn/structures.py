@@ -26,9 +26,12 @@ class ImageBatch(NamedTuple):
     parts: int = 1
 
     def to(self, device: torch.device | str) -> "ImageBatch":
-        """Copies the batch to ``device``; asynchronous when the source is pinned memory."""
+        """Copies the batch to ``device``; asynchronous when the source is pinned memory.
+
+        Loaders give images in the memory format channels_last, which become contiguous there.
+        """
         tensor, sizes = (t.to(device, non_blocking=True) for t in self[:2])
-        return ImageBatch(tensor, sizes, self.parts)
+        return ImageBatch(tensor.contiguous(), sizes, self.parts)
 
     def pin_memory(self) -> "ImageBatch":
         """Copies the batch to page-locked memory."""

@@ -274,7 +274,9 @@ def _integers(
                 continue
             name = f"{what} {ids[place]}" if ids is not None else f"{what} number {place + 1}"
             said = (
-                f"no {key}" if value is None else f"the {key} {shown(value)}, which is no integer of 64 bits"
+                f"no {key}"
+                if value is None
+                else f"the {key} {shown(value)}, which is not an integer of 64 bits"
             )
             raise DataError(f"{path}: {name} has {said}; correct the file")
     return np.array(values, dtype=np.int64)
