@@ -1,7 +1,7 @@
 """Training batches of coco_mini at 800 x 1333 with 2 workers, beside torchvision's reference pipeline.
 
-The reference is what one writes with torchvision alone: `CocoDetection`, its transforms v2 (to a tensor, short
-side 800 and at most 1333, flip) and a collate that does not pad. Rounds of both alternate, each
+The reference is what one writes with torchvision alone: `CocoDetection`, its transforms v2 (to a tensor, the
+short side 800, at most 1333, flip) and a collate that does not pad. Rounds of both alternate, each
 over as many images, so that both meet the same load of the machine. A row's time is that of an image.
 
 The memory benchmark reads three epochs of 118,000 images, all of one small file, and says what the process

@@ -136,12 +136,12 @@ def _base(description: dict[str, Any], data_yaml: Path) -> Path:
         return own
     if not isinstance(path, str):
         raise DataError(f"{data_yaml}: `path` is {shown(path)}, expected a folder; correct it")
-    if not (own / str(path)).is_dir():
+    if not os.path.isdir(own / path):
         raise DataError(
-            f"{data_yaml}: path {own / str(path)} is no folder; correct `path`, or remove it if the data lie "
+            f"{data_yaml}: path {own / path} is no folder; correct `path`, or remove it if the data lie "
             "beside the file, or pass --data.train.images FOLDER and the same for the other splits"
         )
-    return own / str(path)
+    return own / path
 
 
 def _images(description: dict[str, Any], data_yaml: Path, split: str, base: Path) -> list[Path]:
@@ -158,12 +158,15 @@ def _images(description: dict[str, Any], data_yaml: Path, split: str, base: Path
         if not isinstance(entry, str) or not is_text(entry):
             raise DataError(f"{data_yaml}: {split} is {shown(entry)}, expected a folder or a list of images")
         path = base / entry
-        if not path.exists() and entry.startswith("../"):  # Roboflow's exports mean their own folder
+        if not os.path.exists(path) and entry.startswith("../"):  # Roboflow's exports mean their own folder
             path = base / entry[len("../") :]
-        if path.is_dir():
-            for folder, _, files in os.walk(path, followlinks=True):
-                found += [os.path.join(folder, f) for f in files if f.lower().endswith(_IMAGE_ENDINGS)]
-        elif path.is_file():
+        if os.path.abspath(path) == os.path.abspath(os.sep):
+            raise DataError(
+                f"{data_yaml}: {split} is {path}, all of this computer; name the folder of the images"
+            )
+        if os.path.isdir(path):
+            found += _walk(path)
+        elif os.path.isfile(path):
             found += _read_list(path, base)
         else:
             raise DataError(f"{data_yaml}: {split} {path} not found; correct `{split}` or `path` in the file")
@@ -172,6 +175,21 @@ def _images(description: dict[str, Any], data_yaml: Path, split: str, base: Path
         if one == next_one:
             raise DataError(f"{data_yaml}: image {one} is in {split} twice; remove one")
     return [Path(image) for image in images]
+
+
+def _walk(top: Path) -> list[str]:
+    """Lists the images in a folder and all below, through links, but each folder once: links can form circles."""
+    found: list[str] = []
+    seen: set[str] = set()
+    for folder, below, files in os.walk(top, followlinks=True):
+        below.sort()
+        real = os.path.realpath(folder)
+        if real in seen:
+            below.clear()
+            continue
+        seen.add(real)
+        found += [os.path.join(folder, f) for f in files if f.lower().endswith(_IMAGE_ENDINGS)]
+    return found
 
 
 def _read_list(path: Path, base: Path) -> list[str]:

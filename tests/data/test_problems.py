@@ -202,7 +202,7 @@ def test_what_no_tool_writes_is_one_line(broken, text, message):
 
 def test_a_box_thinner_than_its_numbers_can_say_has_no_area(broken):
     """Its sides would meet when the image is resized, and the logarithm of its width would be infinite."""
-    with pytest.raises(DataError, match="annotation 2 .* box of no area"):
+    with pytest.raises(DataError, match=r"annotation 2 .* box of no area"):
         broken(annotation(bbox=[20, 5, 1e-6, 10]))
 
 

@@ -154,6 +154,19 @@ def test_an_image_that_a_list_names_is_missing(yolo, tmp_path):
     assert yolo.read(skip=("missing-image",)).image_ids.tolist() == [1]
 
 
+def test_links_that_form_circles(yolo, tmp_path):
+    yolo.add("a", "1 .5 .5 1 1")
+    for name in ("one", "two", "three"):
+        (tmp_path / "images" / "train" / name).symlink_to(tmp_path / "images")
+    assert len(yolo.read()) == 1
+
+
+def test_all_of_a_computer_is_no_folder_of_images(yolo):
+    yolo.add("a", "1 .5 .5 1 1").describe(train="/")
+    with pytest.raises(DataError, match="train is /, all of this computer"):
+        yolo.read()
+
+
 @pytest.mark.parametrize("line", ["../b.png", "/etc/passwd", "images/../../b.png", "a\0.png"])
 def test_a_list_cannot_lead_out_of_the_data_set(yolo, tmp_path, line):
     (tmp_path / "data").mkdir()

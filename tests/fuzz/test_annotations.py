@@ -1,5 +1,6 @@
 """Damaged annotations in the three formats: each is refused in one line, or can be trained on."""
 
+import copy
 import json
 import math
 from dataclasses import replace
@@ -329,7 +330,7 @@ def damage_tree(root: ElementTree.Element, random: Random) -> None:
     elif kind == 3 and one not in list(other.iter()) and other not in list(one.iter()):
         other.append(one)
     else:
-        one.extend([ElementTree.fromstring(ElementTree.tostring(child)) for child in list(one)])
+        one.extend(copy.deepcopy(list(one)))
 
 
 @pytest.mark.parametrize("part", range(2))
