@@ -178,7 +178,7 @@ def _images(description: dict[str, Any], data_yaml: Path, split: str, base: Path
 
 
 def _walk(top: Path) -> list[str]:
-    """Lists the images in a folder and all below, through links, but each folder once: links can form circles."""
+    """Lists the images in and below a folder, through links, each folder once: links can form circles."""
     found: list[str] = []
     seen: set[str] = set()
     for folder, below, files in os.walk(top, followlinks=True):
