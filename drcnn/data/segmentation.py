@@ -194,8 +194,8 @@ def _counts(segmentation: dict, size: tuple[int, int]) -> bytes:
     stated, counts = segmentation.get("size"), segmentation.get("counts")
     if stated != list(size):
         raise _BadMaskError(f"a mask of size {shown(stated)}, but its image has {list(size)} (height, width)")
-    if isinstance(counts, str) and counts.isascii():
-        text = counts.encode()
+    if isinstance(counts, str):
+        text = counts.encode(errors="surrogatepass")
         runs = run_lengths(text)
     elif isinstance(counts, list) and {type(value) for value in counts} <= {int}:
         if not all(0 <= run <= size[0] * size[1] for run in counts):

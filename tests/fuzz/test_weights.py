@@ -3,6 +3,7 @@
 import argparse
 import io
 import pickle
+import warnings
 import zipfile
 from collections import OrderedDict
 from random import Random
@@ -96,7 +97,8 @@ def splice(data: bytes, other: bytes, random: Random, damage) -> bytes:
             parts[at] = (name, parts[random.randrange(len(parts))][1])
     file = io.BytesIO()
     packing = random.choice((zipfile.ZIP_STORED, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))
-    with zipfile.ZipFile(file, "w", packing) as archive:
+    with zipfile.ZipFile(file, "w", packing) as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about names that occur twice
         for name, content in parts:
             archive.writestr(name, content)
     return file.getvalue()
@@ -121,15 +123,13 @@ def assert_finite(model: nn.Module) -> None:
     assert all(bool(t.isfinite().all()) for t in model.state_dict().values() if t.is_floating_point())
 
 
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("part", range(3))
 def test_files(fuzz, damage, tmp_path, part):
     """All that reads a file of weights: as weights, as a detector, as the checkpoint of a run."""
-    originals, loaded = files(), 0
+    originals = files()
     path = tmp_path / "weights.pth"
 
     def case(random: Random) -> None:
-        nonlocal loaded
         kind, other = random.choice(list(originals)), random.choice(("checkpoint", "zip"))
         data = originals[kind]
         if kind in ("checkpoint", "zip") and random.random() < 0.5:
@@ -139,6 +139,7 @@ def test_files(fuzz, damage, tmp_path, part):
         path.write_bytes(data)
         reader = random.randrange(3)
         if reader == 0:
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # torch's, on its way to an error
             load_checkpoint(path)
         elif reader == 1:
             _, state = read_state(path)
@@ -148,7 +149,6 @@ def test_files(fuzz, damage, tmp_path, part):
             model = Net()
             load_weights(model, path)
             assert_finite(model)
-            loaded += 1
 
     fuzz(f"weights{part}", 400, case)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["weights.pth"]
@@ -167,7 +167,7 @@ def test_stored_configs(fuzz, damage):
 
 def test_tensors_of_detectors(fuzz):
     """Names and shapes of whole detectors with some missing, renamed or of another shape or kind."""
-    backbone, pyramid = ResNetConfig("resnet18", norm="gn"), FPNConfig(8, first_level=3, top="convs_on_p5")
+    backbone, pyramid = ResNetConfig("resnet18", norm="gn"), FPNConfig(32, first_level=3, top="convs_on_p5")
     configs = (
         presets.light_faster_rcnn(2),
         RetinaNetConfig(2, backbone, pyramid),
@@ -195,7 +195,8 @@ def test_tensors_of_detectors(fuzz):
                     random.choice(((), (0,), (0, 1), (3,), (1, 2, 3, 4), (7, 7)))
                 )
             elif kind == 3:
-                tensors[name] = tensor.to(random.choice((torch.int64, torch.float16, torch.complex64)))
+                dtype = random.choice((torch.int64, torch.float16, torch.complex64))
+                tensors[name] = torch.zeros((), dtype=dtype).expand(tensor.shape)
             elif kind == 4:
                 tensors[name] = random.choice(list(tensors.values()))
             else:
