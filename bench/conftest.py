@@ -126,7 +126,36 @@ def copy_bandwidth() -> Callable[[str], float]:
 
 
 @pytest.fixture
-def compare(benchmark, copy_bandwidth, request):
+def add_row(copy_bandwidth, request):
+    """Adds a row of times, in seconds, that a benchmark took itself.
+
+    ``add_row(op, case, implementation, device, times, nbytes)``, with ``nbytes`` as for ``compare``.
+    """
+    report = request.config.stash[_report]
+
+    def add(
+        op: str, case: str, implementation: str, device: str, times: Sequence[float], nbytes: int
+    ) -> None:
+        times = sorted(times)
+        p20, p80 = (times[round(q * (len(times) - 1))] for q in (0.2, 0.8))
+        row = Row(
+            device=device_name(device),
+            op=op,
+            case=case,
+            implementation=implementation,
+            median=statistics.median(times),
+            p20=p20,
+            p80=p80,
+            data=nbytes,
+            bandwidth=copy_bandwidth(device),
+        )
+        report.rows.append(row)
+
+    return add
+
+
+@pytest.fixture
+def compare(benchmark, add_row, request):
     """Times one implementation after checking that it agrees with the reference.
 
     ``compare(op, case, implementation, device, function, reference, nbytes)``: both functions take nothing
@@ -155,20 +184,8 @@ def compare(benchmark, copy_bandwidth, request):
         rounds = max(5, min(ROUNDS, int(SECONDS_PER_ROW / max(seconds * repeats, 1e-9))))
         benchmark.group = f"{op} {case} {device}"
         benchmark.pedantic(lambda: _time(function, device, repeats), rounds=rounds, warmup_rounds=2)
-        times = sorted(t / repeats for t in benchmark.stats.stats.sorted_data)
-        p20, p80 = (times[round(q * (len(times) - 1))] for q in (0.2, 0.8))
-        row = Row(
-            device=device_name(device),
-            op=op,
-            case=case,
-            implementation=implementation,
-            median=statistics.median(times),
-            p20=p20,
-            p80=p80,
-            data=nbytes,
-            bandwidth=copy_bandwidth(device),
-        )
-        report.rows.append(row)
+        times = [t / repeats for t in benchmark.stats.stats.sorted_data]
+        add_row(op, case, implementation, device, times, nbytes)
 
     return run
 

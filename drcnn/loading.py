@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ from drcnn.data import DataConfig, SplitConfig
 from drcnn.engine.checkpoint import FORMAT, check_state, find_checkpoint
 from drcnn.engine.distributed import pick_device
 from drcnn.engine.predictor import Predictor
-from drcnn.errors import WeightsError
+from drcnn.errors import DrcnnError, WeightsError
 from drcnn.weights import load_weights, read_content, recognise, unwrap
 
 _STORED = ("format", "step", "categories", "category_ids", "source", "notes")
@@ -135,11 +136,32 @@ def restore(
     Raises:
         WeightsError: the weights do not fit the model of ``config``.
     """
+    _check_fit(state, config, source)
     model = config.model.build()
     # Other systems keep no state of dynamic training; a trained detector does not need it.
     load_weights(model, state["model"], source=source, dynamics="source" not in state)
     model.to(pick_device(str(device))).eval()
     return Predictor(model, config.data, state["categories"], state["category_ids"], amp=amp)
+
+
+def _check_fit(state: dict, config: Config, source: str) -> None:
+    """Compares the parts of a file, before memory is taken for the model that it describes."""
+    names, ids = state["categories"], state["category_ids"]
+    lists = isinstance(names, list | tuple) and isinstance(ids, list | tuple)
+    if not (lists and len(names) == len(ids) and {type(i) for i in ids} <= {int}):
+        raise WeightsError(
+            f"{source} is damaged: its categories are no lists of names and ids; use another file"
+        )
+    if not isinstance(state["model"], Mapping):
+        raise WeightsError(f"{source} is damaged: it holds no tensors by name; use another file")
+    try:
+        with torch.device("meta"):
+            model = config.model.build()
+    except DrcnnError:
+        raise
+    except Exception as error:  # of a config with values that no config file would get past its checks
+        raise WeightsError(f"{source} is damaged: its config describes no detector ({error})") from None
+    load_weights(model, state["model"], source=source, dynamics="source" not in state)
 
 
 def _stored(text: str, file: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from tyro.conf import Positional, arg
 
 from drcnn.arguments import parse
 from drcnn.command import command, one_line
-from drcnn.data import load_image
+from drcnn.data import MAX_PIXELS, load_image
 from drcnn.engine.countdown import Countdown
 from drcnn.engine.predictor import Predictor, Result
 from drcnn.errors import ConfigError, DataError
@@ -48,6 +48,8 @@ class PredictArguments:
     """Least score of an object."""
     batch_size: int = 4
     """Images that run together."""
+    max_pixels: int = MAX_PIXELS
+    """Most pixels of an image: larger ones are passed over, undecoded."""
     device: str = "auto"
     """auto (CUDA where there is one), cpu, cuda or cuda:N."""
     threads: int | None = None
@@ -125,7 +127,7 @@ def predict(
             loaded: dict[int, np.ndarray] = {}
             for index in batch:
                 try:
-                    loaded[index] = load_image(files[index], upright=True)
+                    loaded[index] = load_image(files[index], upright=True, max_pixels=arguments.max_pixels)
                 except DataError as error:
                     broken.append(files[index])
                     progress.say(f"warning: {one_line(error)}; going on with the others")

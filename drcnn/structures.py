@@ -29,10 +29,13 @@ class ImageBatch(NamedTuple):
     keys: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "ImageBatch":
-        """Copies the batch to ``device``; asynchronous when the source is pinned memory."""
+        """Copies the batch to ``device``; asynchronous when the source is pinned memory.
+
+        Loaders give images in the memory format channels_last, which become contiguous there.
+        """
         tensor, sizes = (t.to(device, non_blocking=True) for t in self[:2])
         keys = None if self.keys is None else self.keys.to(device, non_blocking=True)
-        return ImageBatch(tensor, sizes, self.parts, keys)
+        return ImageBatch(tensor.contiguous(), sizes, self.parts, keys)
 
     def pin_memory(self) -> "ImageBatch":
         """Copies the batch to page-locked memory."""

@@ -13,6 +13,21 @@ from drcnn.config import Config
 from drcnn.data import DataConfig, SplitConfig, SyntheticConfig, make_synthetic
 
 
+def pytest_terminal_summary(terminalreporter):
+    """Says how many cases each fuzzer of tests/fuzz ran."""
+    totals: dict[str, list[int]] = {}
+    for report in terminalreporter.stats.get("passed", []) + terminalreporter.stats.get("failed", []):
+        for name, value in report.user_properties:
+            if name == "fuzz":
+                kind, *counts = value
+                total = totals.setdefault(kind.rstrip("0123456789"), [0, 0, 0])
+                total[:] = map(sum, zip(total, counts, strict=True))
+    if totals:
+        terminalreporter.section("fuzzers")
+    for kind, (cases, refused, failures) in sorted(totals.items()):
+        terminalreporter.write_line(f"fuzz: {kind} {cases} cases ({refused} refused), {failures} failures")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     """One thread keeps sums in one order and small operators fast."""

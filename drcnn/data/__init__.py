@@ -4,7 +4,7 @@ from drcnn.data.bitmasks import BitMasks
 from drcnn.data.coco import CocoDataset, read_coco
 from drcnn.data.collage import Stitcher
 from drcnn.data.config import AugmentationConfig, CropConfig, DataConfig, SplitConfig
-from drcnn.data.image import load_image
+from drcnn.data.image import MAX_PIXELS, load_image
 from drcnn.data.loader import Batch, BatchLoader, eval_loader, train_loader
 from drcnn.data.padding import canvas_ladder, pad_images, pad_targets
 from drcnn.data.problems import SkipKind
@@ -18,6 +18,7 @@ from drcnn.data.voc import VOC_CLASSES, read_voc
 from drcnn.data.yolo import read_yolo
 
 __all__ = [
+    "MAX_PIXELS",
     "VOC_CLASSES",
     "AugmentationConfig",
     "Batch",

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from drcnn.data.files import check_image_files
-from drcnn.data.image import load_image
+from drcnn.data.image import MAX_PIXELS, load_image
 from drcnn.data.problems import Problems, SkipKind
 from drcnn.data.records import (
     AnnotationTable,
@@ -53,6 +53,7 @@ class CocoDataset:
         packed_names (np.ndarray): uint8, the UTF-8 file names one after the other.
         name_offsets (np.ndarray[N + 1]): int64, where each name begins.
         packed_segmentations (PackedSegmentations | None): masks of the M annotations, if they were asked for.
+        max_pixels (int): most pixels of an image that is decoded.
     """
 
     source: Source
@@ -73,6 +74,7 @@ class CocoDataset:
     packed_names: np.ndarray
     name_offsets: np.ndarray
     packed_segmentations: PackedSegmentations | None = None
+    max_pixels: int = MAX_PIXELS
 
     def __len__(self) -> int:
         """Number of images."""
@@ -118,8 +120,9 @@ class CocoDataset:
                 the annotations say.
         """
         size = int(self.heights[index]), int(self.widths[index])
+        upright = self.source.format == "yolo"
         try:
-            return load_image(self.image_path(index), size=size, upright=self.source.format == "yolo")
+            return load_image(self.image_path(index), size=size, upright=upright, max_pixels=self.max_pixels)
         except DataError as error:
             raise DataError(f"{error} (id {self.image_ids[index]} in {self.annotation_file})") from None
 
@@ -134,6 +137,7 @@ def read_coco(
     skip: Collection[SkipKind] = (),
     filter_empty: bool = False,
     masks: bool = False,
+    max_pixels: int = MAX_PIXELS,
     hint: str = "check the path",
 ) -> CocoDataset:
     """Reads and checks a data set in COCO format.
@@ -144,6 +148,7 @@ def read_coco(
         skip (Collection[SkipKind]): kinds of bad input to leave out and count instead of raising.
         filter_empty (bool): leave out images without a box; a crowd region is not a box.
         masks (bool): read the instance masks too; every annotation must have one.
+        max_pixels (int): most pixels that an image may have.
         hint (str): what to do if the file or the folder is missing.
 
     Returns:
@@ -153,7 +158,7 @@ def read_coco(
         DataError: one line that names the file, the id and what to do.
     """
     source = coco_source(Path(annotation_file), Path(image_folder), skip, hint)
-    return read_source(source, filter_empty=filter_empty, masks=masks, hint=hint)
+    return read_source(source, filter_empty=filter_empty, masks=masks, max_pixels=max_pixels, hint=hint)
 
 
 def coco_source(
@@ -170,7 +175,12 @@ def _coco_content(path: Path, folder: Path, hint: str, problems: Problems) -> Co
 
 
 def read_source(
-    source: Source, *, filter_empty: bool = False, masks: bool = False, hint: str = "check the path"
+    source: Source,
+    *,
+    filter_empty: bool = False,
+    masks: bool = False,
+    max_pixels: int = MAX_PIXELS,
+    hint: str = "check the path",
 ) -> CocoDataset:
     """Reads, checks and packs the annotations of any format; see :func:`read_coco`."""
     path, problems = source.name, Problems(source.skip)
@@ -185,7 +195,7 @@ def read_source(
     if filter_empty and not has_annotations:
         raise DataError(f"{path} has no `annotations`, so it cannot be trained on; choose another file")
     del data
-    usable = check_image_files(images, folder, path, hint, problems)
+    usable = check_image_files(images, folder, path, hint, problems, max_pixels)
     report = problems.report()
     if filter_empty:
         occupied = np.zeros(len(images.ids), dtype=bool)
@@ -204,6 +214,7 @@ def read_source(
         category_ids=categories.ids,
         has_annotations=has_annotations,
         report=report,
+        max_pixels=max_pixels,
         **_pack(images, annotations, segmentations, np.flatnonzero(usable)),
     )
 

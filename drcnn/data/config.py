@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Literal
 
+from drcnn.data.image import MAX_PIXELS
 from drcnn.data.problems import SkipKind
 from drcnn.data.synthetic import SyntheticConfig
 from drcnn.errors import ConfigError
@@ -168,6 +169,8 @@ class DataConfig:
     """Kinds of bad input to leave out and count, where they would otherwise stop the run."""
     masks: bool = False
     """Read the instance masks too, and train on them; needed by detectors with a mask head."""
+    max_pixels: int = MAX_PIXELS
+    """Most pixels that an image may have: larger ones are refused before anything is decoded."""
     synthetic: SyntheticConfig | None = None
     """Make this synthetic data set in ``root`` if it is not there yet."""
 
@@ -176,7 +179,8 @@ class DataConfig:
         if not self.short_sides:
             raise ConfigError("data.short_sides is empty: give at least one length in pixels")
         positive = {"batch_size": self.batch_size, "short_sides": min(self.short_sides)}
-        for name in ("max_size", "test_short_side", "test_max_size", "pad_multiple", "pad_step"):
+        sizes = ("max_size", "test_short_side", "test_max_size", "pad_multiple", "pad_step", "max_pixels")
+        for name in sizes:
             positive[name] = getattr(self, name)
         for name, value in positive.items():
             if value < 1:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from drcnn.data.image import load_image
+from drcnn.data.image import MAX_PIXELS, load_image
 from drcnn.data.problems import Problems
 from drcnn.data.records import ImageTable
 from drcnn.errors import DataError
@@ -17,7 +17,12 @@ _END_MARKS = {".jpg": b"\xff\xd9", ".jpeg": b"\xff\xd9", ".png": b"IEND"}
 
 
 def check_image_files(
-    images: ImageTable, folder: Path, annotation_file: Path, hint: str, problems: Problems
+    images: ImageTable,
+    folder: Path,
+    annotation_file: Path,
+    hint: str,
+    problems: Problems,
+    max_pixels: int = MAX_PIXELS,
 ) -> np.ndarray:
     """Finds missing files by listing the folders and truncated ones by the mark at their end.
 
@@ -30,6 +35,7 @@ def check_image_files(
         annotation_file (Path): for messages.
         hint (str): what to do if the folder is missing.
         problems (Problems): what may be skipped, and the count of it.
+        max_pixels (int): most pixels that an image may have.
 
     Returns:
         np.ndarray[N]: bool, True for images that can be used.
@@ -47,17 +53,26 @@ def check_image_files(
             int((~present).sum()),
             f"image {folder / images.names[first]} (id {images.ids[first]} in {annotation_file}) not found",
         )
-    suspects = [i for i, whole in enumerate(_whole(images.names, folder, present)) if not whole]
-    usable = present.copy()
+    small = images.heights.astype(np.float64) * images.widths <= max_pixels
+    if not small.all():
+        first = int(np.argmin(small))
+        problems.add(
+            "oversized-image",
+            int((~small).sum()),
+            f"image {folder / images.names[first]} (id {images.ids[first]} in {annotation_file}) has "
+            f"{images.widths[first]}x{images.heights[first]} pixels, more than data.max_pixels {max_pixels}",
+        )
+    usable = present & small
+    suspects = [i for i, whole in enumerate(_whole(images.names, folder, usable)) if not whole]
     first_cause = ""
     for i in suspects:
         try:
-            load_image(folder / images.names[i])
+            load_image(folder / images.names[i], max_pixels=max_pixels)
         except DataError as error:
             usable[i] = False
             first_cause = first_cause or f"{error} (id {images.ids[i]} in {annotation_file})"
     if first_cause:
-        problems.add("truncated-image", int((present & ~usable).sum()), first_cause)
+        problems.add("truncated-image", int((present & small & ~usable).sum()), first_cause)
     return usable
 
 

@@ -1,56 +1,57 @@
 """Decoding of image files to RGB."""
 
 import os
+import threading
 import warnings
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from drcnn.errors import DataError
 
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, OverflowError)
+MAX_PIXELS = 178_956_970
+"""Default limit of an image's pixels, the one at which Pillow refuses too: 0.5 GiB of RGB."""
+
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "TGA")
+"""Formats of pixels alone: Pillow knows others that it hands to programs such as Ghostscript."""
+
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
+_pillow_limit = threading.Lock()
 
 
 def load_image(
-    path: str | os.PathLike[str], *, size: tuple[int, int] | None = None, upright: bool = False
+    path: str | os.PathLike[str],
+    *,
+    size: tuple[int, int] | None = None,
+    upright: bool = False,
+    max_pixels: int = MAX_PIXELS,
 ) -> np.ndarray:
     """Decodes an image file to 8-bit RGB.
 
     Grey, palette, CMYK and 16-bit files are converted; 16-bit values are divided by 257. An alpha
     channel is dropped. The pixels are taken as stored: the boxes of a data set refer to them, and
     COCO's tools ignore EXIF orientation too. Only where ``size`` fits the rotated picture but not the
-    stored one is the rotation applied.
+    stored one is the rotation applied. Of an animation the first picture is taken.
 
     Args:
         path (str | PathLike): the file.
         size (tuple[int, int] | None): height and width in pixels that the image must have.
         upright (bool): apply the EXIF orientation always, for photographs without annotations.
+        max_pixels (int): most pixels that are decoded: a file of a few bytes can state any size.
 
     Returns:
         np.ndarray[H, W, 3]: uint8 RGB.
 
     Raises:
-        DataError: if the file is missing, cannot be decoded, or has another size than ``size``.
+        DataError: if the file is missing, cannot be decoded, has more than ``max_pixels`` pixels, or has
+            another size than ``size``.
     """
-    path = Path(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                image.load()
-                return _to_rgb(_oriented(image, size, upright), path, size)
-    except FileNotFoundError:
-        raise DataError(f"image {path} not found") from None
-    except UnidentifiedImageError:
-        raise DataError(f"image {path} cannot be decoded: not a known image format") from None
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise DataError(f"image {path} has too many pixels to be decoded safely; make it smaller") from None
-    except _DECODE_ERRORS as error:
-        said = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        cause = " ".join(said.split())
-        raise DataError(f"image {path} cannot be decoded: {cause}") from None
+    with _opened(path) as image:
+        _check_size(image, path, size, max_pixels)
+        image.load()
+        return _to_rgb(_oriented(image, size, upright), path, size)
 
 
 def read_size(path: str | os.PathLike[str], *, upright: bool = False) -> tuple[int, int]:
@@ -67,23 +68,69 @@ def read_size(path: str | os.PathLike[str], *, upright: bool = False) -> tuple[i
     Raises:
         DataError: if the file is missing or its header cannot be read.
     """
+    with _opened(path) as image:
+        width, height = image.size
+        # A PNG without an EXIF block before its pixels would be decoded to look behind them.
+        if upright and not (image.format == "PNG" and "exif" not in image.info):
+            if image.getexif().get(ExifTags.Base.Orientation) in _SIDEWAYS:
+                width, height = height, width
+        return height, width
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
+    """Opens a file, of which the header is read; whatever goes wrong with it is one DataError."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                width, height = image.size
-                # A PNG without an EXIF block before its pixels would be decoded to look behind them.
-                if upright and not (image.format == "PNG" and "exif" not in image.info):
-                    if image.getexif().get(ExifTags.Base.Orientation) in _SIDEWAYS:
-                        width, height = height, width
-                return height, width
+            # Pillow warns of much that it then reads, or refuses with an error.
+            warnings.simplefilter("ignore")
+            with _open(path) as image:
+                yield image
+    except DataError:
+        raise
     except FileNotFoundError:
         raise DataError(f"image {path} not found") from None
     except UnidentifiedImageError:
         raise DataError(f"image {path} cannot be decoded: not a known image format") from None
-    except (Image.DecompressionBombError, *_DECODE_ERRORS) as error:
-        cause = " ".join(str(error).split())
-        raise DataError(f"image {path} cannot be decoded: {cause}") from None
+    except Exception as error:  # what a damaged file makes its decoder raise has no bounds
+        said = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise DataError(f"image {path} cannot be decoded: {said}") from None
+
+
+def _open(path: str | os.PathLike[str]) -> Image.Image:
+    try:
+        return Image.open(path, formats=_FORMATS)
+    except Image.DecompressionBombError:
+        # Ours is the limit that counts, as it can be set and its error names the size.
+        with _pillow_limit:
+            limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            try:
+                return Image.open(path, formats=_FORMATS)
+            finally:
+                Image.MAX_IMAGE_PIXELS = limit
+
+
+def _check_size(
+    image: Image.Image, path: str | os.PathLike[str], size: tuple[int, int] | None, max_pixels: int
+) -> None:
+    """Refuses, before anything is decoded, an image without pixels, of too many, or not of ``size``."""
+    width, height = image.size
+    if not width * height:
+        raise DataError(f"image {path} has no pixels: it is {width}x{height}")
+    if width * height > max_pixels:
+        raise DataError(
+            f"image {path} is {width}x{height} pixels (width x height), more than the limit of {max_pixels}; "
+            "make it smaller, or raise --data.max-pixels (drcnn predict: --max-pixels) if you trust the file"
+        )
+    if size is not None and size not in ((height, width), (width, height)):
+        raise _another_size(image, path, size)
+
+
+def _another_size(image: Image.Image, path: str | os.PathLike[str], size: tuple[int, int]) -> DataError:
+    return DataError(
+        f"image {path} is {image.width}x{image.height} pixels (width x height), but its annotations "
+        f"say {size[1]}x{size[0]}; correct the annotations or the file"
+    )
 
 
 def _oriented(image: Image.Image, size: tuple[int, int] | None, upright: bool) -> Image.Image:
@@ -96,16 +143,13 @@ def _oriented(image: Image.Image, size: tuple[int, int] | None, upright: bool) -
     return ImageOps.exif_transpose(image)
 
 
-def _to_rgb(image: Image.Image, path: Path, size: tuple[int, int] | None) -> np.ndarray:
+def _to_rgb(image: Image.Image, path: str | os.PathLike[str], size: tuple[int, int] | None) -> np.ndarray:
     if size is not None and (image.height, image.width) != size:
-        raise DataError(
-            f"image {path} is {image.width}x{image.height} pixels (width x height), but its annotations "
-            f"say {size[1]}x{size[0]}; correct the annotations or the file"
-        )
+        raise _another_size(image, path, size)
     if image.mode == "F":
         raise DataError(f"image {path} holds floating-point pixels; convert it to 8 or 16 bits")
     if image.mode.startswith("I"):
         wide = np.asarray(image).astype(np.int64)
         grey = (np.clip(wide, 0, 65535) // 257).astype(np.uint8)
         return np.repeat(grey[:, :, None], 3, axis=2)
-    return np.array(image.convert("RGB"))
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))

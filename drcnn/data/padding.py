@@ -4,14 +4,19 @@ Every distinct input shape costs a compilation, a CUDA graph or a cuDNN benchmar
 padded sides are taken from a short ladder: the short sides and the maximum size of the config and
 the multiples of ``pad_step``, all rounded up to ``pad_multiple``. With the defaults (800, 1333, 32,
 128) a landscape image is padded to 800 rows and to 896, 1024, 1152, 1280 or 1344 columns.
+
+The colours of a pixel lie beside each other, as decoders leave them: to part them takes a CPU longer than to
+resize the image, and a GPU nothing. :meth:`drcnn.structures.ImageBatch.to` does it, on the device.
 """
 
 import bisect
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from drcnn.data.config import DataConfig
 from drcnn.structures import ImageBatch, Targets
@@ -49,7 +54,7 @@ def pad_images(images: Sequence[Tensor], config: DataConfig, *, train: bool = Fa
         train (bool): the images have the sizes of training, not those of evaluation.
 
     Returns:
-        ImageBatch: uint8 images [B, 3, H, W] and their sizes [B, 2].
+        ImageBatch: uint8 images [B, 3, H, W], in the memory format channels_last, and their sizes [B, 2].
 
     Raises:
         ValueError: if an image is longer than the maximum size of ``config``.
@@ -60,10 +65,22 @@ def pad_images(images: Sequence[Tensor], config: DataConfig, *, train: bool = Fa
     ladder = canvas_ladder(shorts, longest, config.pad_multiple, config.pad_step)
     sizes = torch.tensor([image.shape[-2:] for image in images], dtype=torch.int64)
     height, width = (_next_length(int(n), ladder) for n in sizes.amax(dim=0))
-    batch = torch.zeros((len(images), 3, height, width), dtype=torch.uint8)
+    batch = _blank(len(images), height, width)
     for slot, image in zip(batch, images, strict=True):
         slot[:, : image.shape[-2], : image.shape[-1]] = image
     return ImageBatch(batch, sizes)
+
+
+def _blank(count: int, height: int, width: int) -> Tensor:
+    """Zeros [count, 3, height, width], in a worker in shared memory, to which they would be copied else."""
+    shape = (count, height, width, 3)
+    if get_worker_info() is None:
+        return torch.zeros(shape, dtype=torch.uint8).permute(0, 3, 1, 2)
+    storage = torch.UntypedStorage._new_shared(
+        math.prod(shape)
+    )  # as torch's own collate; new pages are zeros
+    strides = (height * width * 3, width * 3, 3, 1)
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape, strides).permute(0, 3, 1, 2)
 
 
 def _next_length(length: int, ladder: tuple[int, ...]) -> int:

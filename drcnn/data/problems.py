@@ -8,6 +8,7 @@ from drcnn.errors import DataError
 SkipKind = Literal[
     "missing-image",
     "truncated-image",
+    "oversized-image",
     "box-outside",
     "box-no-area",
     "unknown-category",
@@ -22,6 +23,7 @@ SkipKind = Literal[
 _LEFT_OUT = {
     "missing-image": "images whose file is missing",
     "truncated-image": "images that cannot be decoded",
+    "oversized-image": "images of more than data.max_pixels pixels",
     "box-outside": "boxes beyond the border of their image (clipped; dropped where nothing remained)",
     "box-no-area": "boxes without area",
     "unknown-category": "annotations of an unknown category",

@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from drcnn.data.problems import Problems
-from drcnn.errors import DataError
+from drcnn.errors import DataError, shown
 
 _BORDER_TOLERANCE = 1.0  # px; tools differ in whether the last pixel's edge is n - 1 or n
+_THINNEST = 1e-6  # of the image's longer side: a thinner box has no area once it is rounded to float32
+_LARGEST = 1e12  # px or square pixels; greater numbers would overflow when they are multiplied
 
 
 class ImageTable(NamedTuple):
@@ -88,8 +90,14 @@ def read_json(path: Path, hint: str) -> dict[str, Any]:
             f"annotation file {path} is not valid json: {error.msg} at line {error.lineno} column "
             f"{error.colno}; restore or correct the file"
         ) from None
-    except (UnicodeDecodeError, RecursionError) as error:
-        raise DataError(f"annotation file {path} is not valid json: {type(error).__name__}") from None
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"annotation file {path} is not valid json: it is not text ({error.reason})"
+        ) from None
+    except RecursionError:
+        raise DataError(f"annotation file {path} is not valid json: it is nested too deeply") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise DataError(f"annotation file {path} is not valid json: {error}; correct the file") from None
     if not isinstance(data, dict):
         raise DataError(
             f"annotation file {path} is not in COCO format: it must hold an object with images, annotations "
@@ -120,10 +128,14 @@ def image_table(data: dict[str, Any], path: Path) -> ImageTable:
     for image_id, name in zip(ids, names, strict=True):
         if not isinstance(name, str) or not name:
             raise DataError(f"{path}: image {image_id} has no file_name")
-        if _escapes(name):
+        if not is_text(name):
             raise DataError(
-                f"{path}: image {image_id} has the file_name {name!r}, which leads out of the image folder; "
-                "make it relative to that folder, without '..'"
+                f"{path}: image {image_id} has the file_name {shown(name)}, which is no name; correct it"
+            )
+        if escapes(name):
+            raise DataError(
+                f"{path}: image {image_id} has the file_name {shown(name)}, which leads out of the image "
+                "folder; make it relative to that folder, without '..'"
             )
     return ImageTable(ids, sizes[0], sizes[1], names)
 
@@ -140,7 +152,17 @@ def category_table(data: dict[str, Any], path: Path) -> CategoryTable:
     ids = _integers(records, "id", "category", path)
     _refuse_duplicates(ids, "category", path)
     order = np.argsort(ids)
-    return CategoryTable(ids[order], [str(records[i].get("name", ids[i])) for i in order])
+    names = [_category_name(records[i], ids[i], path) for i in order]
+    return CategoryTable(ids[order], names)
+
+
+def _category_name(record: dict[str, Any], category_id: int, path: Path) -> str:
+    name = record.get("name")
+    if name is None:
+        return str(category_id)
+    if not isinstance(name, str | int | float) or not is_text(str(name)):
+        raise DataError(f"{path}: category {category_id} has the name {shown(name)}, which is not text")
+    return str(name)
 
 
 def annotation_table(
@@ -165,16 +187,11 @@ def annotation_table(
     ids = _integers(records, "id", "annotation", path)
     image_ids = _integers(records, "image_id", "annotation", path, ids)
     category_ids = _integers(records, "category_id", "annotation", path, ids)
-    boxes = _boxes(records, ids, path)
+    boxes = _boxes(records, path)
     sides = boxes[:, 2:].copy()
     boxes[:, 2:] += boxes[:, :2]
-    own_area = sides[:, 0] * sides[:, 1]
-    areas = [own if r.get("area") is None else r["area"] for r, own in zip(records, own_area, strict=True)]
-    try:
-        areas = np.array(areas, dtype=np.float64).reshape(len(records))
-    except (ValueError, TypeError):
-        raise DataError(f"{path}: an annotation has an area that is not a number") from None
-    crowd = np.array([bool(r.get("iscrowd", 0)) for r in records], dtype=bool)
+    areas = _areas(records, sides, path)
+    crowd = _crowd(records, path)
 
     image_places, known_image = _places(image_ids, images.ids)
     labels, known_category = _places(category_ids, categories.ids)
@@ -196,9 +213,11 @@ def annotation_table(
         ~known_category,
         lambda i: f"(image {image_ids[i]}) has category {category_ids[i]}, which is not in categories",
     )
+    longest = np.maximum(images.heights, images.widths, dtype=np.float64)
+    thinnest = _THINNEST * longest[image_places] if len(longest) else np.zeros(len(records))
     reject(
         "box-no-area",
-        (sides <= 0).any(axis=1),
+        (sides <= thinnest[:, None]).any(axis=1),
         lambda i: (
             f"(image {image_ids[i]}) has a box of no area: width {sides[i, 0]:g}, height {sides[i, 1]:g}"
         ),
@@ -210,7 +229,8 @@ def annotation_table(
 
 def _origin(record: dict[str, Any], path: Path) -> str:
     """Where an annotation is written; other formats than COCO say it themselves."""
-    return record.get("_origin") or f"{path}: annotation {record['id']}"
+    origin = record.get("_origin")
+    return origin if isinstance(origin, str) else f"{path}: annotation {record['id']}"
 
 
 def _clip(
@@ -219,7 +239,7 @@ def _clip(
     size = np.stack([images.widths[table.images], images.heights[table.images]], axis=1)
     low, high = table.boxes[:, :2], table.boxes[:, 2:]
     clipped = np.concatenate([np.clip(low, 0, size), np.clip(high, 0, size)], axis=1)
-    remains = (clipped[:, 2:] > clipped[:, :2]).all(axis=1)
+    remains = (clipped[:, 2:] - clipped[:, :2] > _THINNEST * size.max(axis=1, keepdims=True)).all(axis=1)
     outside = (
         (low < -_BORDER_TOLERANCE).any(axis=1) | (high > size + _BORDER_TOLERANCE).any(axis=1) | ~remains
     )
@@ -249,31 +269,59 @@ def _integers(
     values = [record.get(key) for record in records]
     if not {type(value) for value in values} <= {int} or any(abs(v) >= 2**63 for v in values):
         for place, value in enumerate(values):
-            whole = isinstance(value, float) and value.is_integer()
-            if whole or (type(value) is int and abs(value) < 2**63):
+            whole = type(value) is int or (isinstance(value, float) and value.is_integer())
+            if whole and abs(value) < 2**63:
                 continue
             name = f"{what} {ids[place]}" if ids is not None else f"{what} number {place + 1}"
-            said = f"no {key}" if value is None else f"the {key} {value!r}, which is not an integer"
+            said = (
+                f"no {key}"
+                if value is None
+                else f"the {key} {shown(value)}, which is not an integer of 64 bits"
+            )
             raise DataError(f"{path}: {name} has {said}; correct the file")
     return np.array(values, dtype=np.int64)
 
 
-def _boxes(records: list[dict[str, Any]], ids: np.ndarray, path: Path) -> np.ndarray:
+def _boxes(records: list[dict[str, Any]], path: Path) -> np.ndarray:
     boxes = [record.get("bbox") for record in records]
-    for annotation_id, box in zip(ids, boxes, strict=True):
+    for record, box in zip(records, boxes, strict=True):
         if not isinstance(box, list) or len(box) != 4 or not {type(v) for v in box} <= {int, float}:
-            said = "no bbox" if box is None else f"the bbox {box!r}"
-            raise DataError(
-                f"{path}: annotation {annotation_id} has {said}; it must be [x, y, width, height]"
-            )
-    array = np.array(boxes, dtype=np.float64).reshape(len(boxes), 4)
-    bad = ~np.isfinite(array).all(axis=1)
+            said = "no bbox" if box is None else f"the bbox {shown(box)}"
+            raise DataError(f"{_origin(record, path)} has {said}; it must be [x, y, width, height]")
+    array = _floats(boxes).reshape(len(boxes), 4)
+    bad = ~(np.abs(array) < _LARGEST).all(axis=1)
     if bad.any():
         first = int(np.argmax(bad))
+        kind = "huge" if np.isfinite(array[first]).all() else "non-finite"
         raise DataError(
-            f"{path}: annotation {ids[first]} has the non-finite bbox {boxes[first]}; correct or remove it"
+            f"{_origin(records[first], path)} has the {kind} bbox {shown(boxes[first])}; correct or remove it"
         )
     return array
+
+
+def _areas(records: list[dict[str, Any]], sides: np.ndarray, path: Path) -> np.ndarray:
+    """The stated areas, and those of the boxes where none is."""
+    areas = [record.get("area") for record in records]
+    for record, area in zip(records, areas, strict=True):
+        if not isinstance(area, int | float | None) or (area is not None and not abs(area) < _LARGEST**2):
+            raise DataError(f"{_origin(record, path)} has the area {shown(area)}; it must be a finite number")
+    stated = [float("nan") if area is None else area for area in areas]
+    return np.where(np.isnan(stated), sides.prod(axis=1), stated)
+
+
+def _crowd(records: list[dict[str, Any]], path: Path) -> np.ndarray:
+    flags = [record.get("iscrowd") or 0 for record in records]
+    for record, flag in zip(records, flags, strict=True):
+        if not isinstance(flag, int | float) or flag not in (0, 1):
+            raise DataError(f"{_origin(record, path)} has iscrowd {shown(flag)}; it must be 0 or 1")
+    return np.array(flags, dtype=bool)
+
+
+def _floats(values: list[Any]) -> np.ndarray:
+    try:
+        return np.array(values, dtype=np.float64)
+    except OverflowError:  # integers of hundreds of digits; none of them is a length
+        return np.array([[max(-1e300, min(v, 1e300)) for v in row] for row in values], dtype=np.float64)
 
 
 def _places(values: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -294,6 +342,19 @@ def _refuse_duplicates(ids: np.ndarray, what: str, path: Path) -> None:
         )
 
 
-def _escapes(name: str) -> bool:
+def is_text(name: str) -> bool:
+    """Whether a name can be the name of a file, and be printed: without zero bytes and half characters."""
+    try:
+        return b"\0" not in name.encode()
+    except UnicodeEncodeError:
+        return False
+
+
+def escapes(name: str) -> bool:
+    """Whether the path of a file leads out of the folder that it should be relative to.
+
+    It is judged by its parts alone: links in that folder, and a folder that is a link itself, are followed,
+    for annotations cannot make any.
+    """
     posix, windows = PurePosixPath(name), PureWindowsPath(name)
     return posix.is_absolute() or bool(windows.anchor) or ".." in posix.parts or ".." in windows.parts

@@ -16,6 +16,7 @@ from faster_coco_eval.core import mask as rle
 from drcnn.data.crop import Window
 from drcnn.data.problems import Problems
 from drcnn.data.records import AnnotationTable, ImageTable
+from drcnn.errors import shown
 
 _NUMBERS = {int, float}
 _MAX_CHARACTERS = 7  # of one number in compressed run lengths: 5 bits each, more than 32 in all
@@ -160,7 +161,7 @@ def _checked(segmentation: object, size: tuple[int, int]) -> Segmentation:
     if isinstance(segmentation, dict):
         return Segmentation(size, [], _counts(segmentation, size))
     if not isinstance(segmentation, list) or not segmentation:
-        said = "no segmentation" if not segmentation else f"the segmentation {str(segmentation)[:40]!r}"
+        said = "no segmentation" if not segmentation else f"the segmentation {shown(segmentation)}"
         raise _BadMaskError(f"{said}; polygons or run lengths were expected")
     polygons = [_polygon(polygon, size) for polygon in segmentation]
     low = np.min([polygon.min(axis=0) for polygon in polygons], axis=0)
@@ -178,21 +179,23 @@ def _polygon(polygon: object, size: tuple[int, int]) -> np.ndarray:
         raise _BadMaskError(f"a polygon of {len(polygon)} coordinates; x and y must come in pairs")
     if len(polygon) < 6:
         raise _BadMaskError(f"a polygon of {len(polygon) // 2} points; it needs at least 3")
-    points = np.array(polygon, dtype=np.float64).reshape(-1, 2)
     # Drawing takes memory by the length of the edges, so that they must not be of any length.
-    border = np.array([size[1], size[0]])
-    if not ((points >= -border) & (points <= 2 * border)).all():
-        raise _BadMaskError("a polygon with coordinates that are not finite or far outside its image")
-    return points.astype(np.float32)
+    farthest = 2 * max(size)
+    if all(-farthest <= value <= farthest for value in polygon):
+        points = np.array(polygon, dtype=np.float64).reshape(-1, 2)
+        border = np.array([size[1], size[0]])
+        if ((points >= -border) & (points <= 2 * border)).all():
+            return points.astype(np.float32)
+    raise _BadMaskError("a polygon with coordinates that are not finite or far outside its image")
 
 
 def _counts(segmentation: dict, size: tuple[int, int]) -> bytes:
     """Checks run lengths of either form and returns them compressed."""
     stated, counts = segmentation.get("size"), segmentation.get("counts")
     if stated != list(size):
-        raise _BadMaskError(f"a mask of size {stated}, but its image has {list(size)} (height, width)")
+        raise _BadMaskError(f"a mask of size {shown(stated)}, but its image has {list(size)} (height, width)")
     if isinstance(counts, str):
-        text = counts.encode()
+        text = counts.encode(errors="surrogatepass")
         runs = run_lengths(text)
     elif isinstance(counts, list) and {type(value) for value in counts} <= {int}:
         if not all(0 <= run <= size[0] * size[1] for run in counts):

@@ -85,8 +85,8 @@ def read_sizes(paths: Sequence[Path], problems: Problems, *, upright: bool) -> l
     with ThreadPoolExecutor(max_workers=8) as pool:
         found = list(tracked(pool.map(read, paths, chunksize=64), len(paths), "image sizes"))
     bad = [(path, error) for path, error in zip(paths, found, strict=True) if isinstance(error, DataError)]
-    missing = [str(error) for path, error in bad if not path.exists()]
-    broken = [str(error) for path, error in bad if path.exists()]
+    missing = [str(error) for path, error in bad if not os.path.exists(path)]
+    broken = [str(error) for path, error in bad if os.path.exists(path)]
     if missing:
         problems.add("missing-image", len(missing), missing[0])
     if broken:

@@ -41,6 +41,7 @@ def load_split(config: DataConfig, split: Split) -> CocoDataset:
         _source(config, split, paths, hint),
         filter_empty=config.filter_empty and split == "train",
         masks=config.masks,
+        max_pixels=config.max_pixels,
         hint=hint,
     )
     if split == "train" and not dataset.has_annotations:

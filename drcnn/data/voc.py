@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 from drcnn.data.coco import CocoDataset, read_source
 from drcnn.data.problems import Problems, SkipKind
+from drcnn.data.records import escapes, is_text
 from drcnn.data.source import Content, Source, common_folder, read_sizes, tracked
-from drcnn.errors import DataError
+from drcnn.errors import DataError, shown
 
 VOC_CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -145,7 +146,7 @@ def _records(
             problems.add(
                 "unknown-category",
                 1,
-                f"{found.origin} has the class {found.name!r}, which is not in data.classes",
+                f"{found.origin} has the class {shown(found.name)}, which is not in data.classes",
             )
             continue
         xmin, ymin, xmax, ymax = found.box
@@ -223,7 +224,12 @@ def _stems(image_set: Path, hint: str) -> list[str]:
         if len(words) > 1:
             raise DataError(
                 f"image set {image_set}, line {number}: expected the name of an image alone, got "
-                f"{' '.join(words)!r}; choose the list of all classes, such as trainval.txt"
+                f"{shown(' '.join(words))}; choose the list of all classes, such as trainval.txt"
+            )
+        if words and (escapes(words[0]) or not is_text(words[0])):
+            raise DataError(
+                f"image set {image_set}, line {number}: {shown(words[0])} leads out of the image folder; "
+                "give the name of an image without its ending"
             )
     return [words[0] for words in lines if words]
 
@@ -269,12 +275,14 @@ def _objects(root: ElementTree.Element, xml: Path, problems: Problems) -> Iterab
         if not name:
             problems.add("malformed-object", 1, f"{origin} has no class; give it a <name>")
         elif any(text is None or not _is_number(text) for text in texts):
-            said = "no bndbox" if texts == [None] * 4 else f"the bndbox {texts}"
+            said = "no bndbox" if texts == [None] * 4 else f"the bndbox {shown(texts)}"
             problems.add(
                 "malformed-object", 1, f"{origin} has {said}; it must hold numbers xmin, ymin, xmax and ymax"
             )
         elif difficult not in ("0", "1"):
-            problems.add("malformed-object", 1, f"{origin} has difficult {difficult!r}; it must be 0 or 1")
+            problems.add(
+                "malformed-object", 1, f"{origin} has difficult {shown(difficult)}; it must be 0 or 1"
+            )
         else:
             yield _Object(origin, name, tuple(map(float, texts)), difficult == "1")
 

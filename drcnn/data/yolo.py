@@ -18,8 +18,9 @@ import yaml
 
 from drcnn.data.coco import CocoDataset, read_source
 from drcnn.data.problems import Problems, SkipKind
+from drcnn.data.records import is_text
 from drcnn.data.source import Content, Source, common_folder, read_sizes, tracked
-from drcnn.errors import DataError
+from drcnn.errors import DataError, shown
 
 _IMAGE_ENDINGS = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
@@ -98,6 +99,9 @@ def _read_yaml(data_yaml: Path, hint: str) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         said = " ".join(str(error).split())
         raise DataError(f"annotation file {data_yaml} is not valid yaml: {said}; correct the file") from None
+    except (ValueError, TypeError, RecursionError) as error:  # dates and numbers out of range, deep nesting
+        said = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise DataError(f"annotation file {data_yaml} is not valid yaml: {said}; correct the file") from None
     if not isinstance(description, dict):
         raise DataError(f"{data_yaml} must hold train, val and names; correct the file")
     return description
@@ -106,14 +110,22 @@ def _read_yaml(data_yaml: Path, hint: str) -> dict[str, Any]:
 def _class_names(description: dict[str, Any], data_yaml: Path) -> list[str]:
     names = description.get("names")
     if isinstance(names, dict):
-        if sorted(names, key=str) != sorted(range(len(names)), key=str):
-            raise DataError(f"{data_yaml}: the numbers in `names` must be 0, 1, 2, ..., got {list(names)}")
+        if set(names) != set(range(len(names))):
+            raise DataError(
+                f"{data_yaml}: the numbers in `names` must be 0, 1, 2, ..., got {shown(list(names))}"
+            )
         names = [names[k] for k in range(len(names))]
     if not isinstance(names, list) or not names:
         raise DataError(f"{data_yaml} has no `names`; list the names of the classes in it")
     count = description.get("nc", len(names))
     if count != len(names):
-        raise DataError(f"{data_yaml}: nc is {count} but there are {len(names)} names; correct one of them")
+        raise DataError(
+            f"{data_yaml}: nc is {shown(count)} but there are {len(names)} names; correct one of them"
+        )
+    for name in names:
+        # Of plain types alone: a few lines of yaml can describe a list of billions of entries.
+        if not isinstance(name, str | int | float) or not is_text(str(name)):
+            raise DataError(f"{data_yaml}: the class name {shown(name)} in `names` is not text")
     return [str(name) for name in names]
 
 
@@ -122,12 +134,14 @@ def _base(description: dict[str, Any], data_yaml: Path) -> Path:
     path = description.get("path")
     if not path:
         return own
-    if not (own / str(path)).is_dir():
+    if not isinstance(path, str):
+        raise DataError(f"{data_yaml}: `path` is {shown(path)}, expected a folder; correct it")
+    if not os.path.isdir(own / path):
         raise DataError(
-            f"{data_yaml}: path {own / str(path)} is no folder; correct `path`, or remove it if the data lie "
+            f"{data_yaml}: path {own / path} is no folder; correct `path`, or remove it if the data lie "
             "beside the file, or pass --data.train.images FOLDER and the same for the other splits"
         )
-    return own / str(path)
+    return own / path
 
 
 def _images(description: dict[str, Any], data_yaml: Path, split: str, base: Path) -> list[Path]:
@@ -141,15 +155,19 @@ def _images(description: dict[str, Any], data_yaml: Path, split: str, base: Path
         raise DataError(f"{data_yaml} has no `{split}`; add it, or choose another split")
     found: list[str] = []
     for entry in entries if isinstance(entries, list) else [entries]:
-        path = base / str(entry)
-        if not path.exists() and str(entry).startswith("../"):  # Roboflow's exports mean their own folder
-            path = base / str(entry)[len("../") :]
-        if path.is_dir():
-            for folder, _, files in os.walk(path, followlinks=True):
-                found += [os.path.join(folder, f) for f in files if f.lower().endswith(_IMAGE_ENDINGS)]
-        elif path.is_file():
-            lines = _read_list(path)
-            found += [str(path.parent / line) for line in lines]
+        if not isinstance(entry, str) or not is_text(entry):
+            raise DataError(f"{data_yaml}: {split} is {shown(entry)}, expected a folder or a list of images")
+        path = base / entry
+        if not os.path.exists(path) and entry.startswith("../"):  # Roboflow's exports mean their own folder
+            path = base / entry[len("../") :]
+        if os.path.abspath(path) == os.path.abspath(os.sep):
+            raise DataError(
+                f"{data_yaml}: {split} is {path}, all of this computer; name the folder of the images"
+            )
+        if os.path.isdir(path):
+            found += _walk(path)
+        elif os.path.isfile(path):
+            found += _read_list(path, base)
         else:
             raise DataError(f"{data_yaml}: {split} {path} not found; correct `{split}` or `path` in the file")
     images = sorted(os.path.abspath(path) for path in found)
@@ -159,13 +177,44 @@ def _images(description: dict[str, Any], data_yaml: Path, split: str, base: Path
     return [Path(image) for image in images]
 
 
-def _read_list(path: Path) -> list[str]:
+def _walk(top: Path) -> list[str]:
+    """Lists the images in and below a folder, through links, each folder once: links can form circles."""
+    found: list[str] = []
+    seen: set[str] = set()
+    for folder, below, files in os.walk(top, followlinks=True):
+        below.sort()
+        real = os.path.realpath(folder)
+        if real in seen:
+            below.clear()
+            continue
+        seen.add(real)
+        found += [os.path.join(folder, f) for f in files if f.lower().endswith(_IMAGE_ENDINGS)]
+    return found
+
+
+def _read_list(path: Path, base: Path) -> list[str]:
+    """Reads a list of images: paths relative to its folder, or absolute, but none outside of the data set.
+
+    Raises:
+        DataError: if it cannot be read, or a path leads out of its folder and of ``base``.
+    """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not text"
         raise DataError(f"list of images {path} cannot be read: {reason}") from None
-    return [line.strip() for line in lines if line.strip()]
+    folders = {os.path.abspath(path.parent), os.path.abspath(base)}
+    images = []
+    for number, line in enumerate(map(str.strip, lines), 1):
+        image = os.path.abspath(path.parent / line)
+        if line and not (is_text(line) and any(image.startswith(os.path.join(f, "")) for f in folders)):
+            raise DataError(
+                f"list of images {path}, line {number}: {shown(line)} leads out of the data set's folder, "
+                f"{base}; move the image there, or set `path` in data.yaml to a folder that holds all of them"
+            )
+        if line:
+            images.append(image)
+    return images
 
 
 def _label_file(image: Path) -> Path:
@@ -203,7 +252,7 @@ def _rows(
             problems.add(
                 "malformed-object",
                 1,
-                f"{origin} is {line.strip()[:60]!r}; expected the numbers `class cx cy w h` or "
+                f"{origin} is {shown(line.strip())}; expected the numbers `class cx cy w h` or "
                 "`class x1 y1 x2 y2 x3 y3 ...`",
             )
         elif not (values[0].is_integer() and 0 <= values[0] < num_classes):

@@ -34,11 +34,11 @@ def from_dict(plain: dict[str, Any]) -> Any:
     """
     path = plain.get("_type") if isinstance(plain, dict) else None
     module, _, kind_name = str(path).rpartition(".")
-    if module != "drcnn" and not module.startswith("drcnn."):
+    if module.split(".")[0] != "drcnn" or "__main__" in module:
         raise ConfigError(f"a stored config names the type {path!r}, which is not one of drcnn")
     try:
         kind = getattr(importlib.import_module(module), kind_name)
-    except (ImportError, AttributeError):
+    except (ImportError, AttributeError, ValueError, TypeError):
         raise ConfigError(f"a stored config names {path}, which this drcnn does not have") from None
     if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
         raise ConfigError(f"a stored config names {path}, which is not a config of drcnn")
@@ -49,8 +49,10 @@ def from_dict(plain: dict[str, Any]) -> Any:
             raise ConfigError(f"a stored config sets {path}.{name}, which this drcnn does not have")
     try:
         return kind(**{k: _typed(v) for k, v in values.items()})
-    except TypeError as error:
-        raise ConfigError(f"a stored config of {path} is incomplete: {error}") from None
+    except ConfigError:
+        raise
+    except Exception as error:  # values of other types than the fields make their checks raise anything
+        raise ConfigError(f"a stored config of {path} is incomplete or damaged: {error}") from None
 
 
 def _typed(value: Any) -> Any:

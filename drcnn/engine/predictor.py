@@ -166,8 +166,8 @@ class Predictor:
 
     @torch.no_grad()
     def _detect(self, sources: Sequence[ImageLike], score_threshold: float | None) -> list[Result]:
-        images = [_to_array(source) for source in sources]
         config = self.data_config
+        images = [_to_array(source, config.max_pixels) for source in sources]
         views = eval_views(config)
         batches = [pad_view([make_view(i, v) for i in images], v, config).to(self.device) for v in views]
         was_training = self.model.training
@@ -241,10 +241,10 @@ def draw_predictions(
     return written
 
 
-def _to_array(source: ImageLike) -> np.ndarray:
+def _to_array(source: ImageLike, max_pixels: int) -> np.ndarray:
     """Brings an image of any accepted kind to uint8 RGB [H, W, 3]."""
     if isinstance(source, str | os.PathLike):
-        return load_image(source, upright=True)
+        return load_image(source, upright=True, max_pixels=max_pixels)
     if isinstance(source, Image.Image):
         return np.array(ImageOps.exif_transpose(source).convert("RGB"))
     if isinstance(source, Tensor):

@@ -67,18 +67,18 @@ class TimmBackbone(nn.Module):
         if config.frozen:
             self.body.requires_grad_(False)
 
-    def pretrained(self, weights: str) -> dict[str, Tensor]:
+    def pretrained(self, weights: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Gets pretrained weights through timm, which knows how a classifier's become a backbone's.
 
         Args:
-            weights: "pretrained" for timm's own (downloaded once), or the path of a classifier's file.
+            weights: tensors of a classifier; None for timm's own (downloaded once).
 
         Returns:
             Tensors by the names of this module.
         """
         import timm
 
-        source = {} if weights == "pretrained" else {"file": weights}
+        source = {} if weights is None else {"state_dict": weights}
         body = timm.create_model(
             self.config.name,
             features_only=True,

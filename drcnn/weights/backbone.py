@@ -13,7 +13,7 @@ from torchvision.models import WeightsEnum, get_model_weights
 from drcnn.errors import WeightsError
 from drcnn.models.timm_backbone import TimmBackbone
 from drcnn.weights.files import read_state_dict
-from drcnn.weights.loading import LoadReport, copy_tensors, sort_tensors
+from drcnn.weights.loading import LoadReport, copy_tensors, refuse_non_finite, sort_tensors
 
 _ARCHITECTURES = {
     ("BasicBlock", (2, 2, 2, 2), 64): "resnet18",
@@ -62,6 +62,7 @@ def load_backbone_weights(backbone: nn.Module, name_or_path: str | os.PathLike) 
     fitting = sort_tensors(_body(tensors, source), own, report, offsets)
     if not report.complete:
         raise WeightsError(f"{source} does not fit the backbone ({report.problems()}); {_advice(report)}")
+    refuse_non_finite(fitting, source)
     copy_tensors(fitting, backbone)
     return report
 
@@ -69,9 +70,11 @@ def load_backbone_weights(backbone: nn.Module, name_or_path: str | os.PathLike) 
 def _from_timm(backbone: TimmBackbone, name_or_path: str) -> dict[str, Tensor]:
     if name_or_path != "pretrained" and not os.path.exists(name_or_path):
         raise WeightsError(f"weights file not found: {name_or_path}; give a file, `pretrained` or `none`")
+    # Read here and not by timm, of which some versions would run what a file holds.
+    weights = None if name_or_path == "pretrained" else read_state_dict(name_or_path)
     try:
         with _timeout(_TIMEOUT):
-            return backbone.pretrained(name_or_path)
+            return backbone.pretrained(weights)
     except Exception as error:  # whatever the hub's client, the network or a strange file brings about
         cause = " ".join(str(error).split())[:200] or type(error).__name__
         raise WeightsError(

@@ -17,6 +17,14 @@ from drcnn.weights.pickles import RefusedPickle, read_pickled
 _WRAPPERS = ("model", "state_dict", "model_state", "module")
 _PREFIXES = ("module.", "_orig_mod.")
 """What DistributedDataParallel and torch.compile put in front of each name."""
+_DTYPES = frozenset(
+    {
+        *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool),
+        *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+    }
+)
+_EXPANDED = 2**30
+"""Bytes up to which a tensor may be larger than what the file holds of it, by a stride of 0."""
 
 
 @dataclass
@@ -85,7 +93,7 @@ def unwrap(content: dict[str, Any], source: str) -> Weights:
         source: what to call the content in an error.
 
     Raises:
-        WeightsError: the content holds no tensors by name.
+        WeightsError: the content holds no tensors by name, or one that is no plain array of real numbers.
     """
     extra: dict[str, Any] = {}
     if isinstance(content.get("metadata"), dict) and isinstance(content.get("tensors"), dict):
@@ -105,10 +113,23 @@ def unwrap(content: dict[str, Any], source: str) -> Weights:
     if not tensors:
         keys = ", ".join(map(str, list(content)[:5])) or "nothing"
         raise WeightsError(f"{source} holds no tensors by name; it holds {keys}")
+    for name, tensor in tensors.items():
+        _check_plain(name, tensor, source)
     for prefix in _PREFIXES:
         if all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
     return Weights(tensors, extra, source)
+
+
+def _check_plain(name: str, tensor: Tensor, source: str) -> None:
+    plain = tensor.layout is torch.strided and tensor.device.type != "meta" and tensor.dtype in _DTYPES
+    if not plain:
+        kind = f"{tensor.dtype} {tensor.layout} on {tensor.device}".replace("torch.", "")
+        raise WeightsError(f"{source} holds {name} as {kind}, expected a plain tensor of real numbers")
+    if tensor.nbytes > max(tensor.untyped_storage().nbytes(), _EXPANDED):
+        raise WeightsError(
+            f"{source} is damaged: {name} states the shape {list(tensor.shape)}, but holds less"
+        )
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:

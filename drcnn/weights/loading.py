@@ -124,8 +124,8 @@ def load_weights(
         What was matched, missing, unexpected, reshaped and misshaped, and settings that differ.
 
     Raises:
-        WeightsError: the file cannot be read; nothing matches; or, unless ``partial``, a tensor is missing,
-            unexpected or misshaped. The model is then unchanged.
+        WeightsError: the file cannot be read; nothing matches; a weight is not finite; or, unless
+            ``partial``, a tensor is missing, unexpected or misshaped. The model is then unchanged.
     """
     if isinstance(weights, Mapping):
         read = unwrap(dict(weights), source or "the state dict")
@@ -148,6 +148,7 @@ def load_weights(
         )
     if not (partial or report.complete):
         raise WeightsError(f"{read.source} does not fit the model ({report.problems()}); {_advice(report)}")
+    refuse_non_finite(fitting, read.source)
     copy_tensors(fitting, model)
     return report
 
@@ -195,6 +196,22 @@ def sort_tensors(
     ]
     report.reshaped[:] = [name for name in report.reshaped if name in fitting]
     return fitting
+
+
+def refuse_non_finite(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Refuses weights that hold NaN or infinity: they are damaged, or of a run that diverged.
+
+    Raises:
+        WeightsError: naming the first such tensor.
+    """
+    for name, tensor in tensors.items():
+        # The records of dynamic training are NaN where nothing has been recorded.
+        if not name.startswith(_DYNAMICS) and tensor.is_floating_point() and not tensor.isfinite().all():
+            count = int((~tensor.isfinite()).sum())
+            raise WeightsError(
+                f"{source} holds {count} values in {name} that are not finite: it is damaged, or of a run "
+                "that diverged; use another file"
+            )
 
 
 @torch.no_grad()

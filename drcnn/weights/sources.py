@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from drcnn.errors import WeightsError
 from drcnn.weights import detectron2, maskrcnn_benchmark, mmdetection, torchvision_detectors
 from drcnn.weights.architecture import detector_config
 from drcnn.weights.files import Weights
@@ -53,6 +54,23 @@ def recognise(weights: Weights, num_classes: int | None = None) -> Detector:
     Raises:
         WeightsError: they belong to no detector that drcnn has.
     """
+    try:
+        return _recognised(weights, num_classes)
+    except (
+        AttributeError,
+        IndexError,
+        KeyError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        ZeroDivisionError,
+    ) as error:
+        raise WeightsError(
+            f"{weights.source} holds tensors of shapes that no detector has ({error}); it is damaged"
+        ) from None
+
+
+def _recognised(weights: Weights, num_classes: int | None) -> Detector:
     system = system_of(weights.tensors)
     if system is None:
         return Detector(OWN, detector_config(weights.tensors, weights.source), weights.tensors, [], [])

@@ -1,5 +1,8 @@
 """Decoding of image files."""
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -77,7 +80,43 @@ def test_bad_files(tmp_path):
             load_image(tmp_path / name)
 
 
-def test_an_image_bomb_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
-    with pytest.raises(DataError, match="too many pixels"):
-        load_image(save(tmp_path, PIXELS))
+def png_header(width, height):
+    """A PNG that states a size and ends where its pixels should begin."""
+
+    def chunk(content):
+        return struct.pack(">I", len(content) - 4) + content + struct.pack(">I", zlib.crc32(content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR" + header) + chunk(b"IDAT")
+
+
+@pytest.mark.parametrize("size", [(20_000, 10_000), (2**31 - 1, 2**31 - 1)])
+def test_an_image_bomb_is_refused_before_it_is_decoded(tmp_path, size):
+    path = tmp_path / "bomb.png"
+    path.write_bytes(png_header(*size))
+    with pytest.raises(DataError, match=rf"bomb.png is {size[0]}x{size[1]} .*178956970.*--data.max-pixels"):
+        load_image(path)
+    assert Image.MAX_IMAGE_PIXELS is not None
+
+
+def test_the_limit_of_pixels_can_be_moved(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # what Pillow refuses, the limit may still allow
+    path = save(tmp_path, PIXELS)
+    np.testing.assert_array_equal(load_image(path, max_pixels=35), PIXELS)
+    with pytest.raises(DataError, match=r"7x5 pixels .*more than the limit of 34"):
+        load_image(path, max_pixels=34)
+    assert Image.MAX_IMAGE_PIXELS == 10
+
+
+def test_an_image_of_another_size_is_not_decoded(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(png_header(3000, 2000))
+    with pytest.raises(DataError, match=r"3000x2000 pixels .*annotations say 9x5"):
+        load_image(path, size=(5, 9))
+
+
+def test_a_format_that_runs_a_program_is_no_image(tmp_path):
+    path = tmp_path / "a.jpg"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
+    with pytest.raises(DataError, match="not a known image format"):
+        load_image(path)

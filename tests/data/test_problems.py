@@ -70,7 +70,19 @@ FATAL = {
     "a short box": (annotation(bbox=[1, 2, 3]), r"annotation 2 has the bbox \[1, 2, 3\]"),
     "a box of texts": (annotation(bbox=["1", 2, 3, 4]), "annotation 2 has the bbox"),
     "a box of nan": (annotation(bbox=[1, float("nan"), 3, 4]), "annotation 2 has the non-finite bbox"),
-    "a bad area": (annotation(area="big"), "area that is not a number"),
+    "an area of text": (
+        annotation(area="big"),
+        "annotation 2 has the area 'big'; it must be a finite number",
+    ),
+    "an area of nan": (annotation(area=float("nan")), "annotation 2 has the area nan"),
+    "an area beyond numbers": (annotation(area=10**400), "annotation 2 has the area 1000"),
+    "a crowd of text": (annotation(iscrowd="0"), "annotation 2 has iscrowd '0'; it must be 0 or 1"),
+    "a huge box": (annotation(bbox=[0, 0, 1e300, 1]), r"annotation 2 has the huge bbox \[0, 0, 1e\+300, 1\]"),
+    "a box beyond numbers": (annotation(bbox=[0, 0, 10**400, 1]), "annotation 2 has the huge bbox"),
+    "a number that is no id": (annotation(image_id=1e300), "annotation 2 has the image_id 1e.300"),
+    "a path with a zero byte": (image(file_name="a\0.jpg"), r"the file_name 'a.x00.jpg', which is no name"),
+    "a path with half a character": (image(file_name="\ud800.jpg"), "which is no name"),
+    "a category named by a list": (lambda c, f: c["categories"][0].update(name=[[]]), "has the name"),
     "no images": (lambda c, f: c.pop("images"), "not in COCO format: it has no `images`"),
     "no categories": (lambda c, f: c.pop("categories"), "not in COCO format: it has no `categories`"),
     "empty categories": (lambda c, f: c.update(categories=[]), "lists no categories"),
@@ -172,3 +184,29 @@ def test_missing_files_give_the_hint(tmp_path, tiny_coco):
     annotations = tiny_coco / "annotations/instances_val.json"
     with pytest.raises(DataError, match=r"image folder .*nowhere not found: look elsewhere"):
         read_coco(annotations, tmp_path / "nowhere", hint="look elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000, "nested too deeply"),
+        ('{"images": ' + "9" * 5000 + "}", "is not valid json: Exceeds the limit"),
+        ("\ufeff{}", "is not valid json: Unexpected UTF-8 BOM|has no `images`"),
+    ],
+)
+def test_what_no_tool_writes_is_one_line(broken, text, message):
+    with pytest.raises(DataError, match=message) as error:
+        broken(text=text)
+    assert len(one_line(error)) < 400
+
+
+def test_a_box_thinner_than_its_numbers_can_say_has_no_area(broken):
+    """Its sides would meet when the image is resized, and the logarithm of its width would be infinite."""
+    with pytest.raises(DataError, match=r"annotation 2 .* box of no area"):
+        broken(annotation(bbox=[20, 5, 1e-6, 10]))
+
+
+def test_names_of_files_cannot_break_a_line(broken):
+    with pytest.raises(DataError, match=r"image .*a b.x1b.31m\.jpg \(id 3 in") as error:
+        broken(image(file_name="a\nb\x1b[31m.jpg"))
+    assert str(error.value).isprintable()

@@ -178,6 +178,9 @@ def test_bad_input_is_one_line_and_can_be_skipped(voc, case):
         (lambda v: v.list.write_bytes(b"\xff\xfe"), r"train\.txt cannot be read: it is not text"),
         (lambda v: v.list.write_text("a -1\n"), r"train\.txt, line 1: expected the name .* got 'a -1'"),
         (lambda v: v.list.write_text("a\na\n"), r"a is listed twice in .*train\.txt"),
+        (lambda v: v.list.write_text("a\n../../x\n"), r"line 2: '\.\./\.\./x' leads out of the image folder"),
+        (lambda v: v.list.write_text("/etc/x\n"), r"line 1: '/etc/x' leads out of the image folder"),
+        (lambda v: v.list.write_text("a\0\n"), r"line 1: 'a.x00' leads out"),
         (lambda v: v.list.write_text(""), r"no object names a class"),
     ],
 )

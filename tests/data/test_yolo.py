@@ -154,6 +154,36 @@ def test_an_image_that_a_list_names_is_missing(yolo, tmp_path):
     assert yolo.read(skip=("missing-image",)).image_ids.tolist() == [1]
 
 
+def test_links_that_form_circles(yolo, tmp_path):
+    yolo.add("a", "1 .5 .5 1 1")
+    for name in ("one", "two", "three"):
+        (tmp_path / "images" / "train" / name).symlink_to(tmp_path / "images")
+    assert len(yolo.read()) == 1
+
+
+def test_all_of_a_computer_is_no_folder_of_images(yolo):
+    yolo.add("a", "1 .5 .5 1 1").describe(train="/")
+    with pytest.raises(DataError, match="train is /, all of this computer"):
+        yolo.read()
+
+
+@pytest.mark.parametrize("line", ["../b.png", "/etc/passwd", "images/../../b.png", "a\0.png"])
+def test_a_list_cannot_lead_out_of_the_data_set(yolo, tmp_path, line):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "list.txt").write_text(f"a.png\n{line}\n")
+    yolo.add("a", "1 .5 .5 1 1").describe(path="data", train="list.txt")
+    with pytest.raises(DataError, match=r"list\.txt, line 2: .* leads out of the data set's folder") as error:
+        yolo.read()
+    assert str(error.value).isprintable()
+
+
+def test_a_data_set_may_be_named_with_all_folders_of_its_images(yolo, tmp_path):
+    yolo.add("a", "1 .5 .5 1 1").describe(path=str(tmp_path), train="lists/list.txt")
+    (tmp_path / "lists").mkdir()
+    (tmp_path / "lists" / "list.txt").write_text("../images/train/a.png\n")
+    assert yolo.read().labels(0).tolist() == [1]
+
+
 @pytest.mark.parametrize(
     ("changes", "pattern"),
     [
@@ -165,6 +195,9 @@ def test_an_image_that_a_list_names_is_missing(yolo, tmp_path):
         ({"names": None}, r"data\.yaml has no `names`"),
         ({"names": []}, r"data\.yaml has no `names`"),
         ({"names": {"1": "cat", "2": "dog"}}, r"the numbers in `names` must be 0, 1, 2"),
+        ({"names": [["cat"], "dog"]}, r"the class name \['cat'\] in `names` is not text"),
+        ({"path": ["a"]}, r"`path` is \['a'\], expected a folder"),
+        ({"train": [3]}, r"train is 3, expected a folder or a list"),
         ({"nc": 3}, r"nc is 3 but there are 2 names"),
     ],
 )
@@ -175,7 +208,17 @@ def test_bad_descriptions(yolo, changes, pattern):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["names: [a\n: :", "- 1\n- 2", "\x00"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "names: [a\n: :",
+        "- 1\n- 2",
+        "\x00",
+        "nc: 2001-99-99",
+        "[" * 3000,
+        "!!python/object/apply:os.mkdir [x]",
+    ],
+)
 def test_torn_descriptions(yolo, text):
     yolo.file.write_text(text)
     with pytest.raises(DataError, match=r"data\.yaml") as error:

@@ -1,5 +1,6 @@
 """Backbones beside the plain ResNets: deformable convolution, ResNeXt, timm."""
 
+import os
 import sys
 from dataclasses import replace
 
@@ -134,8 +135,26 @@ def test_timm_weights_come_from_a_file_of_a_classifier(timm, tmp_path):
     expected = classifier.state_dict()["layer2.0.conv1.weight"]
     assert torch.equal(backbone.body.state_dict()["layer2.0.conv1.weight"], expected)
     (tmp_path / "broken.pth").write_bytes(b"no weights")
-    with pytest.raises(WeightsError, match=r"timm could not load .*broken\.pth into resnet10t"):
+    with pytest.raises(WeightsError, match=r"broken\.pth is damaged or not a weights file"):
         load_backbone_weights(backbone, tmp_path / "broken.pth")
+    torch.save({"other.weight": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(WeightsError, match=r"timm could not load .*other\.pth into resnet10t"):
+        load_backbone_weights(backbone, tmp_path / "other.pth")
+
+
+def test_timm_weights_run_no_code(timm, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "made"),)
+
+    torch.save({"state_dict": {"conv1.weight": torch.zeros(1)}, "extra": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(WeightsError, match=r"evil\.pth is refused"):
+        load_backbone_weights(TimmConfig("resnet10t").build(), tmp_path / "evil.pth")
+    assert not (tmp_path / "made").exists()
+
+
+def test_timm_errors_name_the_file(timm):
+    backbone = TimmConfig("resnet10t").build()
     with pytest.raises(WeightsError, match="weights file not found: IMAGENET1K_V1"):
         load_backbone_weights(backbone, "IMAGENET1K_V1")
 
