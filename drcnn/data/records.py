@@ -10,7 +10,8 @@ import numpy as np
 from drcnn.data.problems import Problems
 from drcnn.errors import DataError
 
-_BORDER_TOLERANCE = 1.0  # px; tools differ in whether the last pixel's edge is n - 1 or n
+BORDER_TOLERANCE = 1.0
+"""Pixels that a box may reach out: tools differ in whether the last pixel's edge is n - 1 or n."""
 
 
 class ImageTable(NamedTuple):
@@ -120,7 +121,7 @@ def image_table(data: dict[str, Any], path: Path) -> ImageTable:
     for image_id, name in zip(ids, names, strict=True):
         if not isinstance(name, str) or not name:
             raise DataError(f"{path}: image {image_id} has no file_name")
-        if _escapes(name):
+        if leads_out(name):
             raise DataError(
                 f"{path}: image {image_id} has the file_name {name!r}, which leads out of the image folder; "
                 "make it relative to that folder, without '..'"
@@ -221,7 +222,7 @@ def _clip(
     clipped = np.concatenate([np.clip(low, 0, size), np.clip(high, 0, size)], axis=1)
     remains = (clipped[:, 2:] > clipped[:, :2]).all(axis=1)
     outside = (
-        (low < -_BORDER_TOLERANCE).any(axis=1) | (high > size + _BORDER_TOLERANCE).any(axis=1) | ~remains
+        (low < -BORDER_TOLERANCE).any(axis=1) | (high > size + BORDER_TOLERANCE).any(axis=1) | ~remains
     )
     if outside.any():
         i = int(np.argmax(outside))
@@ -294,6 +295,7 @@ def _refuse_duplicates(ids: np.ndarray, what: str, path: Path) -> None:
         )
 
 
-def _escapes(name: str) -> bool:
+def leads_out(name: str) -> bool:
+    """Whether a file name is absolute or climbs out of its folder, on any system."""
     posix, windows = PurePosixPath(name), PureWindowsPath(name)
     return posix.is_absolute() or bool(windows.anchor) or ".." in posix.parts or ".." in windows.parts
