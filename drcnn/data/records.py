@@ -221,9 +221,7 @@ def _clip(
     low, high = table.boxes[:, :2], table.boxes[:, 2:]
     clipped = np.concatenate([np.clip(low, 0, size), np.clip(high, 0, size)], axis=1)
     remains = (clipped[:, 2:] > clipped[:, :2]).all(axis=1)
-    outside = (
-        (low < -BORDER_TOLERANCE).any(axis=1) | (high > size + BORDER_TOLERANCE).any(axis=1) | ~remains
-    )
+    outside = (low < -BORDER_TOLERANCE).any(axis=1) | (high > size + BORDER_TOLERANCE).any(axis=1) | ~remains
     if outside.any():
         i = int(np.argmax(outside))
         box = ", ".join(f"{v:g}" for v in table.boxes[i])

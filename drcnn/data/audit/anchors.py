@@ -1,7 +1,8 @@
 """How well the anchors of a detector fit the ground truths, and which would fit better."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import product
 
 import numpy as np
 
@@ -15,6 +16,7 @@ MANY = 0.1
 _BACKBONE_STRIDES = (4, 8, 16, 32)  # of C2 to C5, in every backbone
 _MOST_BOXES = 20_000  # that other anchors are tried on
 _FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0)
+_WORTH = 0.7  # what other anchors must reduce the share to, to be advised
 _RATIOS = (1 / 3, 0.5, 1.0, 2.0, 3.0)
 
 
@@ -28,7 +30,7 @@ class AnchorGrid:
         flag (str): the field of the config that holds them, for advice.
     """
 
-    config: AnchorConfig = AnchorConfig()
+    config: AnchorConfig = field(default_factory=AnchorConfig)
     strides: tuple[int, ...] = (4, 8, 16, 32, 64)
     flag: str = "model.rpn.anchors"
 
@@ -63,17 +65,19 @@ def best_ious(boxes: np.ndarray, sizes: np.ndarray, grid: AnchorGrid) -> np.ndar
         for cell in cells:
             middle, own = (cell[:2] + cell[2:]) / 2, cell[2:] - cell[:2]
             nearest = np.clip(np.round((centers - middle) / stride), 0, last) * stride + middle
-            overlap = np.minimum(boxes[:, 2:], nearest + own / 2) - np.maximum(boxes[:, :2], nearest - own / 2)
+            overlap = np.minimum(boxes[:, 2:], nearest + own / 2) - np.maximum(
+                boxes[:, :2], nearest - own / 2
+            )
             shared = overlap.clip(min=0).prod(axis=1)
             best = np.maximum(best, shared / (sides.prod(axis=1) + own.prod() - shared))
     return best
 
 
-def advice(boxes: np.ndarray, sizes: np.ndarray, ious: np.ndarray, grid: AnchorGrid) -> str:
+def anchor_advice(boxes: np.ndarray, sizes: np.ndarray, ious: np.ndarray, grid: AnchorGrid) -> str:
     """Says which anchors would fit better, if many ground truths have no good one; else "".
 
-    Sizes are scaled by powers of two and ratios of 1:3 and 3:1 are added; the simplest of those that leave
-    nearly the fewest without a good anchor are named.
+    Sizes are scaled by powers of two, ratios of 1:3 and 3:1 and a scale of one half are added; the simplest
+    of those that leave nearly the fewest without a good anchor are named.
 
     Args:
         boxes (np.ndarray[M, 4]): as of :func:`best_ious`.
@@ -88,13 +92,15 @@ def advice(boxes: np.ndarray, sizes: np.ndarray, ious: np.ndarray, grid: AnchorG
     said = f"{share:.0%} of the ground truths overlap no anchor by {ENOUGH}"
     tried = [(_share(boxes[some], sizes[some], other), other) for other in _others(grid)]
     least = min(missed for missed, _ in tried)
-    missed, other = next(pair for pair in tried if pair[0] <= least + 0.01)
-    if missed > 0.8 * share:
-        return f"{said}, and no sizes or ratios tried here do much better: train at a larger short side"
-    flags = f"--{grid.flag}.sizes {' '.join(map(str, other.config.sizes))}"
-    if other.config.ratios != grid.config.ratios:
-        flags += f" --{grid.flag}.ratios {' '.join(f'{ratio:.3g}' for ratio in other.config.ratios)}"
-    return f"{said}; with {flags} it would be {missed:.0%}"
+    missed, other = next(pair for pair in tried if pair[0] <= least + 0.02)
+    if missed > _WORTH * share:
+        return f"{said}, and no others that were tried do much better"
+    flags = []
+    for key in ("sizes", "ratios", "scales"):
+        values = getattr(other.config, key)
+        if values != getattr(grid.config, key):
+            flags.append(f"--{grid.flag}.{key} {' '.join(f'{value:.3g}' for value in values)}")
+    return f"{said}; with {' '.join(flags)} it would be {missed:.0%}"
 
 
 def _share(boxes: np.ndarray, sizes: np.ndarray, grid: AnchorGrid) -> float:
@@ -104,11 +110,11 @@ def _share(boxes: np.ndarray, sizes: np.ndarray, grid: AnchorGrid) -> float:
 def _others(grid: AnchorGrid) -> Sequence[AnchorGrid]:
     """Anchors to try instead, those with fewer changes first."""
     config = grid.config
-    wider = tuple(sorted({*config.ratios, *_RATIOS}))
+    ratios = (config.ratios, tuple(sorted({*config.ratios, *_RATIOS})))
+    scales = (config.scales, tuple(sorted({*config.scales, *(scale / 2 for scale in config.scales)})))
     factors = sorted(_FACTORS, key=lambda factor: abs(np.log2(factor)))
-    scaled = [tuple(max(4, round(size * factor)) for size in config.sizes) for factor in factors]
+    sizes = [tuple(max(4, round(size * factor)) for size in config.sizes) for factor in factors]
     return [
-        replace(grid, config=replace(config, sizes=sizes, ratios=ratios))
-        for ratios in (config.ratios, wider)
-        for sizes in scaled
+        replace(grid, config=replace(config, sizes=own, ratios=shapes, scales=factors))
+        for factors, shapes, own in product(scales, ratios, sizes)
     ]

@@ -3,18 +3,22 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from drcnn.data.audit.anchors import AnchorGrid, advice
+from drcnn.data.audit.anchors import MANY, AnchorGrid, anchor_advice
 from drcnn.data.audit.content import SplitContent, read_contents
 from drcnn.data.audit.duplicates import check_boxes, check_images
 from drcnn.data.audit.findings import KINDS, Finding
 from drcnn.data.audit.pictures import Picture, Progress, check_pictures, read_pictures
 from drcnn.data.audit.records import Checked, check_records
-from drcnn.data.audit.statistics import SplitStatistics, describe
+from drcnn.data.audit.statistics import InputBoxes, SplitStatistics, describe
 from drcnn.data.source import Source
+
+_TINY = 8
+_DETECTIONS = 100
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class Audit:
         anchors (AnchorGrid | None): anchors that the ground truths were compared with.
         decoded (bool): whether the image files were read.
         contents (list[SplitContent]): the splits as they were read, for a repair.
+        pictures (Mapping[Path, Picture]): the image files, for a repair.
     """
 
     name: str
@@ -42,7 +47,7 @@ class Audit:
     anchors: AnchorGrid | None
     decoded: bool
     contents: list[SplitContent] = field(default_factory=list, repr=False)
-    pictures: Mapping = field(default_factory=dict, repr=False)
+    pictures: Mapping[Path, Picture] = field(default_factory=dict, repr=False)
 
     @property
     def errors(self) -> list[Finding]:
@@ -72,9 +77,7 @@ class Audit:
             "num_warnings": len(self.warnings),
             "counts": self.counts(),
             "findings": [finding.to_dict() for finding in self.findings],
-            "splits": {
-                name: asdict(split) | {"large": round(split.large, 4)} for name, split in self.splits.items()
-            },
+            "splits": {name: asdict(split) | {"large": split.large} for name, split in self.splits.items()},
             "anchors": anchors,
             "advice": list(self.advice),
         }
@@ -119,7 +122,7 @@ def audit(
 def assess(
     contents: list[SplitContent],
     checked: Sequence[Checked],
-    pictures: Mapping[Any, Picture],
+    pictures: Mapping[Path, Picture],
     *,
     name: str,
     resize: tuple[int, int],
@@ -134,11 +137,8 @@ def assess(
     _check_classes(checked)
     usable = [split for split in checked if split.images]
     described = {split.content.name: describe(split, *resize, anchors) for split in usable}
-    advised = []
-    if anchors is not None and described:
-        boxes = [found for _, found in described.values()]
-        joined = [np.concatenate([getattr(b, key) for b in boxes]) for key in ("boxes", "sizes", "ious")]
-        advised = [text for text in [advice(*joined, anchors)] if text]
+    statistics = {name: numbers for name, (numbers, _) in described.items()}
+    boxes = [found for _, found in described.values()]
     order = {kind: place for place, kind in enumerate(KINDS)}
     findings = [finding for content in contents for finding in content.notes.findings]
     findings.sort(key=lambda finding: (finding.severity != "error", order[finding.kind]))
@@ -146,8 +146,8 @@ def assess(
         name,
         *resize,
         findings,
-        {split: statistics for split, (statistics, _) in described.items()},
-        advised,
+        statistics,
+        _advice(statistics, boxes, anchors) if boxes else [],
         anchors,
         decoded,
         contents,
@@ -171,3 +171,29 @@ def _check_classes(checked: Sequence[Checked]) -> None:
         for category_id in split.categories.keys() - present:
             said = f"{split.categories[category_id]!r} has no object to train on"
             split.content.notes.add("class-without-examples", said, f"category {category_id}")
+
+
+def _advice(
+    splits: Mapping[str, SplitStatistics], boxes: Sequence[InputBoxes], grid: AnchorGrid | None
+) -> list[str]:
+    """What the numbers suggest, one line each."""
+    advised = []
+    joined = [np.concatenate([getattr(b, key) for b in boxes]) for key in ("boxes", "sizes", "ious")]
+    if not len(joined[0]):
+        return advised
+    if grid is not None and (text := anchor_advice(*joined, grid)):
+        advised.append(text)
+    tiny = float((np.sqrt((joined[0][:, 2:] - joined[0][:, :2]).prod(axis=1)) < _TINY).mean())
+    if tiny >= MANY:
+        advised.append(
+            f"{tiny:.0%} of the objects are below {_TINY} px at the network input, two cells of the finest "
+            "level; scale the images up: --data.short-sides, --data.max-size, and the same of test"
+        )
+    most = {name: split.per_image.summary["max"] for name, split in splits.items() if split.images}
+    crowded = max(most, key=most.get)
+    if most[crowded] > _DETECTIONS:
+        advised.append(
+            f"an image of {crowded} has {most[crowded]:.0f} objects; COCO's AP counts the best {_DETECTIONS} "
+            "detections of an image, and detectors give no more unless told so (`detections` of the head)"
+        )
+    return advised

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from drcnn.data.audit.findings import Severity
 from drcnn.data.audit.pictures import Picture
 from drcnn.data.audit.records import Checked
 
@@ -31,12 +32,16 @@ def check_boxes(checked: Checked) -> None:
             record = content.records("annotations")[objects.places[other]]
             before = content.origin(content.records("annotations")[objects.places[one]], 0)["place"]
             equal = (objects.boxes[one] == objects.boxes[other]).all()
+            said = (
+                f"its box is that of {before}" if equal else f"it overlaps {before} with an IoU of {iou:.2f}"
+            )
             content.notes.add(
                 "duplicate-box" if equal else "near-duplicate-box",
-                f"its box is that of {before}" if equal else f"its box overlaps that of {before} by {iou:.2f}",
+                said,
                 **content.origin(record, int(objects.places[other])),
                 image_id=int(objects.image_ids[other]),
                 annotation_id=int(objects.ids[other]),
+                other_id=int(objects.ids[one]),
                 index=int(objects.places[other]),
             )
 
@@ -66,7 +71,8 @@ def check_images(splits: Sequence[Checked], pictures: Mapping[Path, Picture]) ->
     """Notes images whose content occurs twice, in one split or in two.
 
     Args:
-        splits (Sequence[Checked]): the splits; the finding goes to the later one.
+        splits (Sequence[Checked]): the splits. A finding about two goes to the earlier: an image that is
+            taken from the training split spoils no comparison of scores.
         pictures (Mapping[Path, Picture]): what was read of each file. A file that was not read is known by
             its path.
     """
@@ -75,20 +81,19 @@ def check_images(splits: Sequence[Checked], pictures: Mapping[Path, Picture]) ->
         for ids in held.values():
             for repeated in ids[1:]:
                 if split.images[repeated].name != split.images[ids[0]].name:  # one name twice is known
-                    other = split.images[ids[0]].name
-                    _add(split, "duplicate-image", repeated, f"has the content of image {ids[0]} ({other})")
+                    said = f"has the content of image {ids[0]} ({split.images[ids[0]].name})"
+                    _add(split, "duplicate-image", repeated, said, ids[0])
     for (one, first), (two, second) in combinations(zip(splits, holders, strict=True), 2):
         severity = "error" if "train" in (one.content.name, two.content.name) else "warning"
         shared = first.keys() & second.keys()
         if shared and len(shared) == len(first) == len(second):
-            said = f"it has the same {len(shared)} images as {one.content.name}"
-            two.content.notes.add("image-in-two-splits", said, severity=severity)
+            said = f"it has the same {len(shared)} images as {two.content.name}"
+            one.content.notes.add("image-in-two-splits", said, severity=severity)
             continue
-        for key, ids in second.items():
-            if key in shared:
-                before = first[key][0]
-                said = f"is image {before} ({one.images[before].name}) of {one.content.name} too"
-                _add(two, "image-in-two-splits", ids[0], said, severity)
+        for key in shared:
+            other = second[key][0]
+            said = f"is image {other} ({two.images[other].name}) of {two.content.name} too"
+            _add(one, "image-in-two-splits", first[key][0], said, other, severity)
 
 
 def _holders(split: Checked, pictures: Mapping[Path, Picture]) -> dict[object, list[int]]:
@@ -101,7 +106,9 @@ def _holders(split: Checked, pictures: Mapping[Path, Picture]) -> dict[object, l
     return held
 
 
-def _add(split: Checked, kind: str, image_id: int, said: str, severity: str | None = None) -> None:
+def _add(
+    split: Checked, kind: str, image_id: int, said: str, other_id: int, severity: Severity | None = None
+) -> None:
     entry = split.images[image_id]
-    where = {"place": f"image {image_id}", "image_id": image_id, "index": entry.index}
+    where = {"place": f"image {image_id}", "image_id": image_id, "other_id": other_id, "index": entry.index}
     split.content.notes.add(kind, f"{entry.name} {said}", severity=severity, **where)

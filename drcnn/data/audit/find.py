@@ -20,7 +20,10 @@ from drcnn.errors import DataError
 _SKIP = get_args(SkipKind)
 _HINT = "check the path"
 _SPLITS = get_args(Split)
-_WORDS = {"training": "train", "valid": "val", "validation": "val", "testing": "test"} | {s: s for s in _SPLITS}
+_WORDS = {
+    **{"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"},
+    **{"test": "test", "testing": "test"},
+}
 _PROBED = 20  # images of which one must be in a folder that is taken for theirs
 
 
@@ -70,8 +73,8 @@ def find_sources(path: Path, images: Path | None = None) -> Found:
     kinds = [f"{kind} ({files[0]})" for kind, files in found.items() if files]
     if not kinds:
         raise DataError(
-            f"{path} holds no data of a known format: no COCO json in annotations, no YOLO yaml, no VOC lists in "
-            "ImageSets/Main and no VOC xml; pass the annotation file itself"
+            f"{path} holds no data of a known format: no COCO json in annotations, no YOLO yaml, no VOC "
+            "lists in ImageSets/Main and no VOC xml; pass the annotation file itself"
         )
     if len(kinds) > 1:
         raise DataError(f"{path} holds {' and '.join(kinds)}: which is meant? pass the file or folder of one")
@@ -82,7 +85,9 @@ def find_sources(path: Path, images: Path | None = None) -> Found:
 
 def _only(files: Sequence[Path], what: str) -> Path:
     if len(files) > 1:
-        raise DataError(f"there are several {what}, {' and '.join(map(str, files))}: which is meant? pass one")
+        raise DataError(
+            f"there are several {what}, {' and '.join(map(str, files))}: which is meant? pass one"
+        )
     return files[0]
 
 
@@ -136,7 +141,9 @@ def _image_folder(file: Path, data: dict[str, Any]) -> Path:
     names = [str(r.get("file_name")) for r in records[:_PROBED] if isinstance(r, dict)]
     above, split = file.parent.parent, _split_name(file.stem) or ""
     last = file.stem.split("_")[-1]  # train2017 of instances_train2017.json
-    likely = [base / sub for base in (above, file.parent) for sub in ("images", f"images/{split}", last, split)]
+    likely = [
+        base / sub for base in (above, file.parent) for sub in ("images", f"images/{split}", last, split)
+    ]
     for folder in (*likely, above, file.parent):
         if any((folder / name).is_file() for name in names):
             return folder

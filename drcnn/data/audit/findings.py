@@ -87,6 +87,7 @@ class Finding:
         message (str): what is wrong there.
         image_id (int | None): id of the image.
         annotation_id (int | None): id of the annotation.
+        other_id (int | None): id of the image or annotation that this one repeats.
         severity ("error" | "warning"): that of the kind, unless the case is milder.
         index (int): place in the list of images or annotations, for the repair; -1 for none.
     """
@@ -98,6 +99,7 @@ class Finding:
     message: str
     image_id: int | None = None
     annotation_id: int | None = None
+    other_id: int | None = None
     severity: Severity = "error"
     index: int = field(default=-1, repr=False)
 
@@ -140,10 +142,12 @@ class Notes:
         file: str = "",
         image_id: int | None = None,
         annotation_id: int | None = None,
+        other_id: int | None = None,
         severity: Severity | None = None,
         index: int = -1,
     ) -> None:
         """Notes a finding; see :class:`Finding` for the arguments."""
         severity = severity or KINDS[kind].severity
         where = (self.split, file or self.file, place)
-        self.findings.append(Finding(kind, *where, message, image_id, annotation_id, severity, index))
+        ids = (image_id, annotation_id, other_id)
+        self.findings.append(Finding(kind, *where, message, *ids, severity, index))

@@ -1,4 +1,4 @@
-"""Reading all image files of a data set in parallel: whether each can be decoded, its size and its content."""
+"""Reading all image files of a data set in parallel: can each be decoded, its size and its content."""
 
 import hashlib
 import os
@@ -35,7 +35,12 @@ class Picture:
 
 
 def read_pictures(
-    splits: Sequence[Checked], *, decode: bool, threads: int | None = None, progress: Progress | None = None
+    splits: Sequence[Checked],
+    *,
+    decode: bool,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    known: Mapping[Path, Picture] | None = None,
 ) -> dict[Path, Picture]:
     """Reads each file that a split lists, once.
 
@@ -44,6 +49,7 @@ def read_pictures(
         decode (bool): read and decode the files; otherwise only whether they exist is looked up.
         threads (int | None): threads that decode; None takes one for each processor.
         progress (Progress | None): told how far it is.
+        known (Mapping[Path, Picture] | None): files that have been read.
 
     Returns:
         dict[Path, Picture]: by resolved path.
@@ -54,21 +60,21 @@ def read_pictures(
             path = (split.content.folder / entry.name).resolve()
             upright[path] = split.content.source.format == "yolo"
             sizes[path] = entry.size
-    paths = list(sizes)
+    found = dict(known or {})
+    paths = [path for path in sizes if path not in found]
     if not decode:
-        return {path: Picture(path.is_file()) for path in paths}
+        return found | {path: Picture(path.is_file()) for path in paths}
 
     def read(chunk: Sequence[Path]) -> list[Picture]:
         return [_read(path, sizes[path], upright[path]) for path in chunk]
 
     chunks = [paths[i : i + _FILES_PER_TASK] for i in range(0, len(paths), _FILES_PER_TASK)]
-    found: dict[Path, Picture] = {}
     with ThreadPoolExecutor(max_workers=threads or os.cpu_count()) as pool:
         tasks = {pool.submit(read, chunk): chunk for chunk in chunks}
         for task in as_completed(tasks):
             found.update(zip(tasks[task], task.result(), strict=True))
             if progress is not None:
-                progress(len(found), len(paths))
+                progress(len(found), len(sizes))
     return found
 
 

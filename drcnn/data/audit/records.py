@@ -108,7 +108,8 @@ def _images(content: SplitContent) -> tuple[dict[int, ImageEntry], set[int]]:
             notes.add("malformed-image", f"its height and width are {sides[0]!r} and {sides[1]!r}", **where)
         else:
             if name in names:
-                notes.add("duplicate-image", f"{name} is listed before as image {names[name]}", **where)
+                said = f"{name} is listed before as image {names[name]}"
+                notes.add("duplicate-image", said, other_id=names[name], **where)
             names.setdefault(name, int(own))
             found[int(own)] = ImageEntry(index, name, Size(int(sides[0]), int(sides[1])))
     return found, listed
@@ -214,9 +215,7 @@ def _annotation(
     return own, image_id, category_id, box, bool(record.get("iscrowd", 0)), index
 
 
-def _box(
-    bbox: object, size: Size | None, bad
-) -> tuple[float, float, float, float] | None:
+def _box(bbox: object, size: Size | None, bad) -> tuple[float, float, float, float] | None:
     """Checks a box [x, y, width, height]; returns its corners within the image."""
     if not isinstance(bbox, list) or len(bbox) != 4 or not all(type(v) in _NUMBERS for v in bbox):
         bad("malformed-annotation", "it has no bbox" if bbox is None else f"its bbox is {bbox!r:.80}")
@@ -232,7 +231,12 @@ def _box(
     if size is None:
         return float(x), float(y), float(x2), float(y2)
     limit = BORDER_TOLERANCE
-    inside = min(max(x, 0), size.width), min(max(y, 0), size.height), min(x2, size.width), min(y2, size.height)
+    inside = (
+        min(max(x, 0), size.width),
+        min(max(y, 0), size.height),
+        min(x2, size.width),
+        min(y2, size.height),
+    )
     over = x < -limit or y < -limit or x2 > size.width + limit or y2 > size.height + limit
     if over or inside[2] <= inside[0] or inside[3] <= inside[1]:
         bad(

@@ -77,7 +77,7 @@ class SplitStatistics:
     @property
     def large(self) -> float:
         """Share of the other objects."""
-        return 1.0 - self.small - self.medium if self.objects else 0.0
+        return max(0.0, round(1.0 - self.small - self.medium, 4)) if self.objects else 0.0
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,8 @@ def describe(
     ious = best_ious(boxes, sizes, grid) if grid is not None else np.zeros(len(boxes))
     sides = boxes[:, 2:] - boxes[:, :2]
     lengths = np.sqrt(sides.prod(axis=1))
-    counts = {i: int(n) for i, n in zip(*np.unique(objects.category_ids[regular], return_counts=True), strict=True)}
+    ids, numbers = np.unique(objects.category_ids[regular], return_counts=True)
+    counts = dict(zip(ids.tolist(), numbers.tolist(), strict=True))
 
     def share(chosen: np.ndarray) -> float:
         return round(float(chosen.mean()), 4) if len(chosen) else 0.0
