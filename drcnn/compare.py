@@ -28,11 +28,12 @@ from drcnn.eval import EvalArguments, open_split, out_folder, run, write
 from drcnn.loading import read_state, restore, restore_config
 
 PROGRAM = "drcnn compare"
-DESCRIPTION = """Compares the AP of two runs on the same images: differences, second less first, with confidence
-intervals by a paired bootstrap over images. They tell what the choice of images explains, not that of the seed.
+DESCRIPTION = """Compares the AP of two runs on the same images: differences, second less first, with
+confidence intervals by a paired bootstrap over images. An interval tells what the choice of images explains,
+not what that of the seed does.
 
 Examples:
-  drcnn compare runs/baseline runs/dynamic                        evaluates both, or takes what drcnn eval wrote
+  drcnn compare runs/baseline runs/dynamic          evaluates both, or takes what drcnn eval wrote
   drcnn compare runs/baseline runs/dynamic --split test --data.root /data/bccd
   drcnn compare a.json b.json --annotations instances_val.json    two files of COCO-format results"""
 
@@ -125,8 +126,8 @@ def gather(arguments: CompareArguments, overrides: list[str]) -> tuple[Truth, li
     first, last = truths[0], truths[-1]
     if (first.image_ids, first.annotation_ids) != (last.image_ids, last.annotation_ids):
         raise DataError(
-            f"{first.source} and {last.source} hold other images or annotations; compare runs on the same data, "
-            "such as by --data.root FOLDER for both"
+            f"{first.source} and {last.source} hold other images or annotations; compare runs on the same "
+            "data, such as by --data.root for both"
         )
     return first, results
 

@@ -1,9 +1,9 @@
 """Differences of AP between two detectors, with confidence intervals by a paired bootstrap over images.
 
-Images are drawn with replacement, the same for both detectors, and AP is computed again (Efron and Tibshirani,
-An Introduction to the Bootstrap, 1993, section 13.3: the percentile interval). Detections are matched to ground
-truths within an image, so that they are matched once; a resample only weighs images. An interval tells how
-far a difference depends on the choice of images, not on the seed of a training.
+Images are drawn with replacement, the same for both detectors, and AP is computed again (Efron and
+Tibshirani, An Introduction to the Bootstrap, 1993, section 13.3: the percentile interval). Detections are
+matched to ground truths within an image, so that they are matched once; a resample only weighs images. An
+interval tells how far a difference depends on the choice of images, not on the seed of a training.
 """
 
 from collections import defaultdict
@@ -204,8 +204,8 @@ def _match(
 def average_precisions(matches: ClassMatches, weights: np.ndarray, recalls: np.ndarray) -> np.ndarray:
     """Computes AP of one class in resamples of the images.
 
-    Detections that are no match at any threshold are false positives at all of them, or ignored at all: they are
-    added up once for each size range, and only the others are looked at for each threshold.
+    Detections that are no match at any threshold are false positives at all of them, or ignored at all: they
+    are added up once for each size range, and only the others are looked at for each threshold.
 
     Args:
         matches (ClassMatches): the detections.
@@ -312,7 +312,7 @@ def _check_same(first: Matches, second: Matches) -> None:
 
 
 def _named(table: np.ndarray, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """COCO's numbers from AP [B, K, A, T]; thresholds are 0.50:0.05:0.95. Names of classes follow "class "."""
+    """COCO's numbers from AP [B, K, A, T] at IoU 0.50:0.05:0.95; names of classes follow "class "."""
     numbers = {"AP": table[:, :, 0]}
     numbers |= {f"AP{percent}": table[:, :, 0, (percent - 50) // 5] for percent in _PERCENTS}
     numbers |= {f"AP{_AREAS[area]}": table[:, :, area] for area in range(1, len(_AREAS))}

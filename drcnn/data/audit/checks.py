@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,7 +34,7 @@ class Audit:
         anchors (AnchorGrid | None): anchors that the ground truths were compared with.
         decoded (bool): whether the image files were read.
         contents (list[SplitContent]): the splits as they were read, for a repair.
-        pictures (Mapping[Path, Picture]): the image files, for a repair.
+        pictures (Mapping[str, Picture]): the image files, for a repair.
     """
 
     name: str
@@ -47,7 +46,7 @@ class Audit:
     anchors: AnchorGrid | None
     decoded: bool
     contents: list[SplitContent] = field(default_factory=list, repr=False)
-    pictures: Mapping[Path, Picture] = field(default_factory=dict, repr=False)
+    pictures: Mapping[str, Picture] = field(default_factory=dict, repr=False)
 
     @property
     def errors(self) -> list[Finding]:
@@ -122,7 +121,7 @@ def audit(
 def assess(
     contents: list[SplitContent],
     checked: Sequence[Checked],
-    pictures: Mapping[Path, Picture],
+    pictures: Mapping[str, Picture],
     *,
     name: str,
     resize: tuple[int, int],

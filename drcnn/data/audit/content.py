@@ -1,8 +1,10 @@
 """Reading all splits of a data set for a check: what stops a run is noted, and the reading goes on."""
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
@@ -35,6 +37,14 @@ class SplitContent:
     data: dict[str, Any]
     folder: Path
     notes: Notes
+
+    @cached_property
+    def _root(self) -> str:
+        return str(self.folder.resolve())
+
+    def file(self, name: str) -> str:
+        """The path of an image file, by which the same file is known in all splits."""
+        return os.path.join(self._root, os.path.normpath(name))
 
     def records(self, key: str) -> list[Any]:
         """The list under ``key``; empty if there is none."""

@@ -3,7 +3,6 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 
@@ -67,13 +66,13 @@ def pairwise_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return shared / (areas[0][:, None] + areas[1] - shared)
 
 
-def check_images(splits: Sequence[Checked], pictures: Mapping[Path, Picture]) -> None:
+def check_images(splits: Sequence[Checked], pictures: Mapping[str, Picture]) -> None:
     """Notes images whose content occurs twice, in one split or in two.
 
     Args:
         splits (Sequence[Checked]): the splits. A finding about two goes to the earlier: an image that is
             taken from the training split spoils no comparison of scores.
-        pictures (Mapping[Path, Picture]): what was read of each file. A file that was not read is known by
+        pictures (Mapping[str, Picture]): what was read of each file. A file that was not read is known by
             its path.
     """
     holders = [_holders(split, pictures) for split in splits]
@@ -96,11 +95,11 @@ def check_images(splits: Sequence[Checked], pictures: Mapping[Path, Picture]) ->
             _add(one, "image-in-two-splits", first[key][0], said, other, severity)
 
 
-def _holders(split: Checked, pictures: Mapping[Path, Picture]) -> dict[object, list[int]]:
+def _holders(split: Checked, pictures: Mapping[str, Picture]) -> dict[object, list[int]]:
     """The ids of the images that have each content."""
     held = defaultdict(list)
     for image_id, entry in split.images.items():
-        path = (split.content.folder / entry.name).resolve()
+        path = split.content.file(entry.name)
         if pictures[path].exists:
             held[pictures[path].digest or path].append(image_id)
     return held

@@ -34,25 +34,23 @@ def check_mask(
     segmentation = record.get("segmentation")
     if segmentation is None and not needed:
         return
-    where = {
-        **content.origin(record, index),
-        "image_id": record["image_id"],
-        "annotation_id": record["id"],
-        "index": index,
-    }
     try:
-        around = mask_box(checked_segmentation(segmentation, size))
+        x, y, x2, y2 = mask_box(checked_segmentation(segmentation, size)).tolist()
     except BadMaskError as error:
         severity = "error" if needed else "warning"
-        content.notes.add("bad-mask", f"it has {error}", severity=severity, **where)
+        content.notes.add("bad-mask", f"it has {error}", severity=severity, **_where(content, record, index))
         return
-    around = np.clip(around, 0, [size[1], size[0], size[1], size[0]])
-    off = np.abs(around - box).max()
+    drawn = max(x, 0), max(y, 0), min(x2, size[1]), min(y2, size[0])
+    off = max(abs(one - other) for one, other in zip(drawn, box, strict=True))
     if off > max(_PIXELS, _SHARE * max(box[2] - box[0], box[3] - box[1])):
-        drawn = ", ".join(f"{v:g}" for v in around.round(1))
-        stated = ", ".join(f"{v:g}" for v in np.round(box, 1))
-        said = f"its mask lies in [{drawn}] (x1, y1, x2, y2), its box is [{stated}]: {off:.0f} px apart"
-        content.notes.add("mask-box", said, **where)
+        lies, stated = (", ".join(f"{value:.5g}" for value in corners) for corners in (drawn, box))
+        said = f"its mask lies in [{lies}] (x1, y1, x2, y2), its box is [{stated}]: {off:.0f} px apart"
+        content.notes.add("mask-box", said, **_where(content, record, index))
+
+
+def _where(content: "SplitContent", record: dict[str, Any], index: int) -> dict[str, Any]:
+    ids = {"image_id": record["image_id"], "annotation_id": record["id"], "index": index}
+    return content.origin(record, index) | ids
 
 
 def mask_box(segmentation: Segmentation) -> np.ndarray:

@@ -40,8 +40,8 @@ def read_pictures(
     decode: bool,
     threads: int | None = None,
     progress: Progress | None = None,
-    known: Mapping[Path, Picture] | None = None,
-) -> dict[Path, Picture]:
+    known: Mapping[str, Picture] | None = None,
+) -> dict[str, Picture]:
     """Reads each file that a split lists, once.
 
     Args:
@@ -49,23 +49,23 @@ def read_pictures(
         decode (bool): read and decode the files; otherwise only whether they exist is looked up.
         threads (int | None): threads that decode; None takes one for each processor.
         progress (Progress | None): told how far it is.
-        known (Mapping[Path, Picture] | None): files that have been read.
+        known (Mapping[str, Picture] | None): files that have been read.
 
     Returns:
-        dict[Path, Picture]: by resolved path.
+        dict[str, Picture]: by path, as :meth:`SplitContent.file` gives it.
     """
     upright, sizes = {}, {}
     for split in splits:
         for entry in split.images.values():
-            path = (split.content.folder / entry.name).resolve()
+            path = split.content.file(entry.name)
             upright[path] = split.content.source.format == "yolo"
             sizes[path] = entry.size
     found = dict(known or {})
     paths = [path for path in sizes if path not in found]
     if not decode:
-        return found | {path: Picture(path.is_file()) for path in paths}
+        return found | {path: Picture(os.path.isfile(path)) for path in paths}
 
-    def read(chunk: Sequence[Path]) -> list[Picture]:
+    def read(chunk: Sequence[str]) -> list[Picture]:
         return [_read(path, sizes[path], upright[path]) for path in chunk]
 
     chunks = [paths[i : i + _FILES_PER_TASK] for i in range(0, len(paths), _FILES_PER_TASK)]
@@ -78,9 +78,9 @@ def read_pictures(
     return found
 
 
-def _read(path: Path, size: Size, upright: bool) -> Picture:
+def _read(path: str, size: Size, upright: bool) -> Picture:
     try:
-        digest = hashlib.blake2b(path.read_bytes(), digest_size=16).digest()
+        digest = hashlib.blake2b(Path(path).read_bytes(), digest_size=16).digest()
     except FileNotFoundError:
         return Picture(False)
     except OSError as error:
@@ -94,14 +94,14 @@ def _read(path: Path, size: Size, upright: bool) -> Picture:
     return Picture(True, digest, own)
 
 
-def _turned(path: Path, size: Size) -> Size | None:
+def _turned(path: str, size: Size) -> Size | None:
     try:
         return Size(*load_image(path, size=size).shape[:2])
     except DataError:
         return None
 
 
-def check_pictures(split: Checked, pictures: Mapping[Path, Picture]) -> None:
+def check_pictures(split: Checked, pictures: Mapping[str, Picture]) -> None:
     """Notes images of a split whose file is missing, cannot be decoded or has another size."""
     folder = split.content.folder
     if split.images and not folder.is_dir():
@@ -109,7 +109,7 @@ def check_pictures(split: Checked, pictures: Mapping[Path, Picture]) -> None:
         return
     for image_id, entry in split.images.items():
         path = split.content.folder / entry.name
-        picture = pictures[path.resolve()]
+        picture = pictures[split.content.file(entry.name)]
         where = {"place": f"image {image_id}", "image_id": image_id, "index": entry.index}
         if not picture.exists:
             split.content.notes.add("missing-image", f"{path} not found", **where)

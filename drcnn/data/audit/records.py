@@ -1,5 +1,6 @@
 """Checking what a COCO file lists: every record that cannot be used is noted, and the others go on."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from drcnn.data.audit.masks import check_mask
 from drcnn.data.records import BORDER_TOLERANCE, leads_out
 
 _NUMBERS = (int, float)
+_Note = Callable[[str, str], None]  # of a kind and a message
 
 
 class Size(NamedTuple):
@@ -183,18 +185,17 @@ def _annotation(
 ) -> tuple | None:
     """Notes what is wrong with an annotation; returns its row of :class:`Objects` if it can be used."""
     own, image_id, category_id = (record.get(key) for key in ("id", "image_id", "category_id"))
-    where = {
-        **content.origin(record, index),
-        "index": index,
-        "image_id": image_id if _is_integer(image_id) else None,
-        "annotation_id": own if _is_integer(own) else None,
-    }
-    notes, usable = content.notes, True
+    usable = True
+
+    def note(kind: str, message: str) -> None:
+        image = image_id if _is_integer(image_id) else None
+        ids = {"image_id": image, "annotation_id": own if _is_integer(own) else None}
+        content.notes.add(kind, message, **content.origin(record, index), **ids, index=index)
 
     def bad(kind: str, message: str) -> None:
         nonlocal usable
         usable = False
-        notes.add(kind, message, **where)
+        note(kind, message)
 
     if not _is_integer(own):
         bad("malformed-annotation", "it has no id" if own is None else f"its id {own!r} is not an integer")
@@ -209,13 +210,13 @@ def _annotation(
     image = images.get(image_id) if usable else None
     box = _box(record.get("bbox"), image.size if image else None, bad)
     if content.source.format == "coco":
-        _check_fields(record, where, notes, bad)
+        _check_fields(record, note, bad)
     if box is None or not usable:
         return None
     return own, image_id, category_id, box, bool(record.get("iscrowd", 0)), index
 
 
-def _box(bbox: object, size: Size | None, bad) -> tuple[float, float, float, float] | None:
+def _box(bbox: object, size: Size | None, bad: _Note) -> tuple[float, float, float, float] | None:
     """Checks a box [x, y, width, height]; returns its corners within the image."""
     if not isinstance(bbox, list) or len(bbox) != 4 or not all(type(v) in _NUMBERS for v in bbox):
         bad("malformed-annotation", "it has no bbox" if bbox is None else f"its bbox is {bbox!r:.80}")
@@ -248,14 +249,14 @@ def _box(bbox: object, size: Size | None, bad) -> tuple[float, float, float, flo
     return inside
 
 
-def _check_fields(record: dict[str, Any], where: dict[str, Any], notes, bad) -> None:
+def _check_fields(record: dict[str, Any], note: _Note, bad: _Note) -> None:
     area = record.get("area")
     if area is None:
-        notes.add("missing-area", "it has no area", **where)
+        note("missing-area", "it has no area")
     elif type(area) not in _NUMBERS or not 0 <= area < float("inf"):
         bad("malformed-annotation", f"its area is {area!r:.80}")
     if record.get("iscrowd") is None:
-        notes.add("missing-iscrowd", "it has no iscrowd", **where)
+        note("missing-iscrowd", "it has no iscrowd")
     elif record["iscrowd"] not in (0, 1):
         bad("malformed-annotation", f"its iscrowd is {record['iscrowd']!r:.80}; it must be 0 or 1")
 

@@ -116,7 +116,7 @@ def _repair_once(findings: Sequence[Finding], splits: Mapping[str, "_Split"]) ->
 class _Split:
     """A split that is repaired, with its records by id."""
 
-    def __init__(self, content: SplitContent, pictures: Mapping[Path, Picture], masks: bool) -> None:
+    def __init__(self, content: SplitContent, pictures: Mapping[str, Picture], masks: bool) -> None:
         self.content, self.pictures, self.masks = content, pictures, masks
         self._by_id: dict[str, dict[int, list[dict]]] = {}
 
@@ -161,7 +161,7 @@ def _merge(split: _Split, record: dict, finding: Finding) -> str:
 
 
 def _resize(split: _Split, record: dict, finding: Finding) -> str:
-    size = split.pictures[(split.content.folder / record["file_name"]).resolve()].size
+    size = split.pictures[split.content.file(record["file_name"])].size
     record["height"], record["width"] = size
     return f"width and height set to {size.width}x{size.height}"
 
