@@ -1,4 +1,4 @@
-"""The ``drcnn`` command: ``drcnn train``, ``eval``, ``predict``, ``convert``, ``plot`` and ``doctor``."""
+"""The ``drcnn`` command: ``drcnn train``, ``eval``, ``check``, ``predict`` and the other verbs."""
 
 import difflib
 import importlib
@@ -10,6 +10,8 @@ from drcnn.errors import ConfigError
 VERBS = {
     "train": "train a detector from a file in configs/",
     "eval": "evaluate a trained detector on a split of a data set",
+    "check": "find what is wrong with data, describe them, write a repaired copy",
+    "compare": "AP differences of two runs with confidence intervals",
     "predict": "detect objects in a file, a folder or a glob of images",
     "convert": "turn weights of any known system into one safetensors file",
     "plot": "draw losses, T and beta, and AP of one or more runs",

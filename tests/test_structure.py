@@ -19,7 +19,19 @@ LAYERS = [
     {"data"},
     {"engine"},
     {"command", "config", "loading", "arguments"},
-    {"presets", "sparse_presets", "cli", "train", "eval", "predict", "convert", "plot", "doctor"},
+    {
+        "presets",
+        "sparse_presets",
+        "cli",
+        "train",
+        "eval",
+        "check",
+        "compare",
+        "predict",
+        "convert",
+        "plot",
+        "doctor",
+    },
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -1,6 +1,6 @@
 """Bad input: what stops a run, what may be left out instead, and how it is counted and reported."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Literal, get_args
 
 from drcnn.errors import DataError
@@ -47,8 +47,8 @@ class Problems:
         self._skip = frozenset(skip)
         self._found: dict[SkipKind, tuple[int, str]] = {}
 
-    def add(self, kind: SkipKind, count: int, first: str) -> None:
-        """Notes ``count`` cases of ``kind``, of which ``first`` describes the first one.
+    def add(self, kind: SkipKind, count: int, first: str, others: Sequence[str] = ()) -> None:
+        """Notes ``count`` cases of ``kind``; ``first`` describes the first one, ``others`` perhaps the rest.
 
         Raises:
             DataError: if ``kind`` is not to be skipped.

@@ -10,7 +10,9 @@ import numpy as np
 from drcnn.data.problems import Problems
 from drcnn.errors import DataError, shown
 
-_BORDER_TOLERANCE = 1.0  # px; tools differ in whether the last pixel's edge is n - 1 or n
+BORDER_TOLERANCE = 1.0
+"""Pixels that a box may reach out: tools differ in whether the last pixel's edge is n - 1 or n."""
+
 _THINNEST = 1e-6  # of the image's longer side: a thinner box has no area once it is rounded to float32
 _LARGEST = 1e12  # px or square pixels; greater numbers would overflow when they are multiplied
 
@@ -240,9 +242,7 @@ def _clip(
     low, high = table.boxes[:, :2], table.boxes[:, 2:]
     clipped = np.concatenate([np.clip(low, 0, size), np.clip(high, 0, size)], axis=1)
     remains = (clipped[:, 2:] - clipped[:, :2] > _THINNEST * size.max(axis=1, keepdims=True)).all(axis=1)
-    outside = (
-        (low < -_BORDER_TOLERANCE).any(axis=1) | (high > size + _BORDER_TOLERANCE).any(axis=1) | ~remains
-    )
+    outside = (low < -BORDER_TOLERANCE).any(axis=1) | (high > size + BORDER_TOLERANCE).any(axis=1) | ~remains
     if outside.any():
         i = int(np.argmax(outside))
         box = ", ".join(f"{v:g}" for v in table.boxes[i])

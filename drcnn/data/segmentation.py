@@ -143,8 +143,8 @@ def read_segmentations(
     for row, place in enumerate(annotations.places.tolist()):
         size = int(heights[row]), int(widths[row])
         try:
-            found.append(_checked(records[place].get("segmentation"), size))
-        except _BadMaskError as error:
+            found.append(checked_segmentation(records[place].get("segmentation"), size))
+        except BadMaskError as error:
             usable[row] = False
             image_id = images.ids[annotations.images[row]]
             first = first or f"{path}: annotation {annotations.ids[row]} (image {image_id}) has {error}"
@@ -153,32 +153,37 @@ def read_segmentations(
     return annotations.take(usable), found
 
 
-class _BadMaskError(Exception):
+class BadMaskError(Exception):
     """What is wrong with a segmentation, to follow the word "has"."""
 
 
-def _checked(segmentation: object, size: tuple[int, int]) -> Segmentation:
+def checked_segmentation(segmentation: object, size: tuple[int, int]) -> Segmentation:
+    """Checks a ``segmentation`` of an image of this height and width.
+
+    Raises:
+        BadMaskError: saying what is wrong.
+    """
     if isinstance(segmentation, dict):
         return Segmentation(size, [], _counts(segmentation, size))
     if not isinstance(segmentation, list) or not segmentation:
         said = "no segmentation" if not segmentation else f"the segmentation {shown(segmentation)}"
-        raise _BadMaskError(f"{said}; polygons or run lengths were expected")
+        raise BadMaskError(f"{said}; polygons or run lengths were expected")
     polygons = [_polygon(polygon, size) for polygon in segmentation]
     low = np.min([polygon.min(axis=0) for polygon in polygons], axis=0)
     high = np.max([polygon.max(axis=0) for polygon in polygons], axis=0)
     border = size[1], size[0]
     if (np.clip(low, 0, border) >= np.clip(high, 0, border)).any():
-        raise _BadMaskError("an empty mask: its polygons enclose nothing of the image")
+        raise BadMaskError("an empty mask: its polygons enclose nothing of the image")
     return Segmentation(size, polygons)
 
 
 def _polygon(polygon: object, size: tuple[int, int]) -> np.ndarray:
     if not isinstance(polygon, list) or not {type(value) for value in polygon} <= _NUMBERS:
-        raise _BadMaskError("a polygon that is not a list of numbers")
+        raise BadMaskError("a polygon that is not a list of numbers")
     if len(polygon) % 2:
-        raise _BadMaskError(f"a polygon of {len(polygon)} coordinates; x and y must come in pairs")
+        raise BadMaskError(f"a polygon of {len(polygon)} coordinates; x and y must come in pairs")
     if len(polygon) < 6:
-        raise _BadMaskError(f"a polygon of {len(polygon) // 2} points; it needs at least 3")
+        raise BadMaskError(f"a polygon of {len(polygon) // 2} points; it needs at least 3")
     # Drawing takes memory by the length of the edges, so that they must not be of any length.
     farthest = 2 * max(size)
     if all(-farthest <= value <= farthest for value in polygon):
@@ -186,29 +191,29 @@ def _polygon(polygon: object, size: tuple[int, int]) -> np.ndarray:
         border = np.array([size[1], size[0]])
         if ((points >= -border) & (points <= 2 * border)).all():
             return points.astype(np.float32)
-    raise _BadMaskError("a polygon with coordinates that are not finite or far outside its image")
+    raise BadMaskError("a polygon with coordinates that are not finite or far outside its image")
 
 
 def _counts(segmentation: dict, size: tuple[int, int]) -> bytes:
     """Checks run lengths of either form and returns them compressed."""
     stated, counts = segmentation.get("size"), segmentation.get("counts")
     if stated != list(size):
-        raise _BadMaskError(f"a mask of size {shown(stated)}, but its image has {list(size)} (height, width)")
+        raise BadMaskError(f"a mask of size {shown(stated)}, but its image has {list(size)} (height, width)")
     if isinstance(counts, str):
         text = counts.encode(errors="surrogatepass")
         runs = run_lengths(text)
     elif isinstance(counts, list) and {type(value) for value in counts} <= {int}:
         if not all(0 <= run <= size[0] * size[1] for run in counts):
-            raise _BadMaskError("negative run lengths, or ones beyond the size of its mask")
+            raise BadMaskError("negative run lengths, or ones beyond the size of its mask")
         text, runs = None, np.array(counts, dtype=np.int64)
     else:
-        raise _BadMaskError("a mask without valid run lengths in `counts`")
+        raise BadMaskError("a mask without valid run lengths in `counts`")
     if (runs < 0).any() or runs.sum() != size[0] * size[1]:
-        raise _BadMaskError(
+        raise BadMaskError(
             f"run lengths that do not fill its mask: {runs.sum()} of {size[0] * size[1]} pixels"
         )
     if not runs[1::2].any():
-        raise _BadMaskError("an empty mask")
+        raise BadMaskError("an empty mask")
     return rle.frPyObjects({"size": list(size), "counts": counts}, *size)["counts"] if text is None else text
 
 
@@ -227,12 +232,12 @@ def run_lengths(text: bytes) -> np.ndarray:
     """
     groups = np.frombuffer(text, dtype=np.uint8).astype(np.int64) - 48
     if not len(groups) or (groups < 0).any() or (groups > 63).any() or groups[-1] & 32:
-        raise _BadMaskError("run lengths that are not in COCO's compressed form")
+        raise BadMaskError("run lengths that are not in COCO's compressed form")
     ends = np.flatnonzero((groups & 32) == 0) + 1
     starts = np.concatenate([[0], ends[:-1]])
     lengths = ends - starts
     if lengths.max() > _MAX_CHARACTERS:
-        raise _BadMaskError("run lengths beyond the size of any mask")
+        raise BadMaskError("run lengths beyond the size of any mask")
     shifts = 5 * (np.arange(len(groups)) - np.repeat(starts, lengths))
     runs = np.add.reduceat((groups & 31) << shifts, starts)
     runs -= np.where(groups[ends - 1] & 16, 1 << (5 * lengths), 0)

@@ -88,9 +88,9 @@ def read_sizes(paths: Sequence[Path], problems: Problems, *, upright: bool) -> l
     missing = [str(error) for path, error in bad if not os.path.exists(path)]
     broken = [str(error) for path, error in bad if os.path.exists(path)]
     if missing:
-        problems.add("missing-image", len(missing), missing[0])
+        problems.add("missing-image", len(missing), missing[0], missing[1:])
     if broken:
-        problems.add("truncated-image", len(broken), broken[0])
+        problems.add("truncated-image", len(broken), broken[0], broken[1:])
     return [None if isinstance(size, DataError) else size for size in found]
 
 

@@ -38,7 +38,7 @@ def load_split(config: DataConfig, split: Split) -> CocoDataset:
         make_synthetic(root, config.synthetic)
     hint = _hint(paths, split)
     dataset = read_source(
-        _source(config, split, paths, hint),
+        split_source(config, split, paths, hint),
         filter_empty=config.filter_empty and split == "train",
         masks=config.masks,
         max_pixels=config.max_pixels,
@@ -51,7 +51,8 @@ def load_split(config: DataConfig, split: Split) -> CocoDataset:
     return dataset
 
 
-def _source(config: DataConfig, split: str, paths: SplitConfig, hint: str) -> Source:
+def split_source(config: DataConfig, split: str, paths: SplitConfig, hint: str) -> Source:
+    """Describes a split by the format of its annotations; ``hint`` says what to do if they are missing."""
     root = Path(config.root)
     files = [root / file for file in paths.files]
     images = root / paths.images if paths.images else None

@@ -59,6 +59,12 @@ def yolo_source(
     return Source("yolo", data_yaml, partial(_content, data_yaml, split, base, hint), tuple(skip))
 
 
+def split_names(data_yaml: Path, hint: str) -> list[str]:
+    """Returns which of "train", "val" and "test" a file describes."""
+    description = _read_yaml(data_yaml, hint)
+    return [name for name in ("train", "val", "test") if description.get(name)]
+
+
 def _content(data_yaml: Path, split: str, base: Path | None, hint: str, problems: Problems) -> Content:
     description = _read_yaml(data_yaml, hint)
     names = _class_names(description, data_yaml)

@@ -153,6 +153,28 @@ def evaluate_results(
         DataError: a file that cannot be read or is no such file; an image or category id that the
             annotations do not hold; a result without a valid box, mask or score.
     """
+    coco_eval = match_results(annotation_file, results, image_ids, iou_type, annotation_ids)
+    coco_eval.accumulate()
+    precision = np.asarray(coco_eval.eval["precision"])
+    recall = np.asarray(coco_eval.eval["recall"])
+    names = class_names(coco_eval)
+    per_class = {name: _mean(precision[:, :, k, 0, -1]) for k, name in enumerate(names)}
+    numbers = len(coco_eval.params.imgIds), len(coco_eval.cocoDt.anns)
+    return Metrics(_summarize(precision, recall), per_class, iou_type, *numbers)
+
+
+def match_results(
+    annotation_file: str | os.PathLike | dict,
+    results: list[dict] | str | os.PathLike,
+    image_ids: Iterable[int] | None = None,
+    iou_type: Literal["bbox", "segm"] = "bbox",
+    annotation_ids: Iterable[int] | None = None,
+) -> COCOeval_faster:
+    """Reads, checks and matches results; see :func:`evaluate_results` for the arguments.
+
+    Returns:
+        COCOeval_faster: the evaluator, ready to accumulate.
+    """
     source = "the annotations" if isinstance(annotation_file, dict) else f"{annotation_file}"
     truth = _ground_truth(_read_json(annotation_file, "annotations"), source, annotation_ids, iou_type)
     known = set(truth.imgs)
@@ -168,12 +190,12 @@ def evaluate_results(
     coco_eval = COCOeval_faster(truth, found, iou_type, print_function=_silent)
     coco_eval.params.imgIds = chosen
     coco_eval.evaluate()
-    coco_eval.accumulate()
-    precision = np.asarray(coco_eval.eval["precision"])
-    recall = np.asarray(coco_eval.eval["recall"])
-    names = _unique_names([truth.cats[i] for i in coco_eval.params.catIds])
-    per_class = {name: _mean(precision[:, :, k, 0, -1]) for k, name in enumerate(names)}
-    return Metrics(_summarize(precision, recall), per_class, iou_type, len(chosen), len(records))
+    return coco_eval
+
+
+def class_names(coco_eval: COCOeval_faster) -> list[str]:
+    """Names of the categories in the order of their ids; a repeated name is told apart by its id."""
+    return _unique_names([coco_eval.cocoGt.cats[i] for i in coco_eval.params.catIds])
 
 
 def _silent(*_: object) -> None:

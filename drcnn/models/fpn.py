@@ -29,6 +29,11 @@ class FPNConfig:
     top_relu: bool = True
     """ReLU between P6 and the convolution of P7 (not in MMDetection's RetinaNet)."""
 
+    def strides(self, backbone: Sequence[int]) -> tuple[int, ...]:
+        """Returns the pixels per cell of every level over feature maps C2 to C5 of these strides."""
+        above = {"none": (), "pool": (2,)}.get(self.top, (2, 4))
+        return (*backbone[self.first_level - 2 :], *(factor * backbone[-1] for factor in above))
+
     def build(self, in_channels: Sequence[int], strides: Sequence[int]) -> "FPN":
         """Makes the pyramid over feature maps C2 to C5 of these channels and strides."""
         return FPN(self, in_channels, strides)
@@ -79,18 +84,17 @@ class FPN(FeaturePyramidNetwork):
         norm = partial(nn.GroupNorm, 32) if config.norm == "gn" else None
         skipped = config.first_level - 2
         if config.top == "none":
-            extra, top_strides = None, ()
+            extra = None
         elif config.top == "pool":
-            extra, top_strides = LastLevelMaxPool(), (strides[-1] * 2,)
+            extra = LastLevelMaxPool()
         else:
             on_c5 = config.top == "convs_on_c5"
             top_channels = in_channels[-1] if on_c5 else config.channels
             extra = TopConvolutions(top_channels, config.channels, on_c5, config.top_relu)
-            top_strides = (strides[-1] * 2, strides[-1] * 4)
         super().__init__(list(in_channels[skipped:]), config.channels, extra_blocks=extra, norm_layer=norm)
         self.skipped = skipped
         self.channels = config.channels
-        self.strides = (*strides[skipped:], *top_strides)
+        self.strides = config.strides(strides)
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Computes the levels.
