@@ -1,10 +1,11 @@
 """The state of a run in one file: written atomically, holding plain types only, loaded with ``weights_only``.
 
 Keys: ``format`` (1), ``drcnn_version``, ``step`` (iterations done), ``position`` (batches of the stream that
-they took; ``step`` where it is absent), ``model``, ``ema`` (None), ``optimizer``, ``scaler``, ``rng`` (the
-seed: data order, augmentation and sampling are pure functions of it, the position or the step, the slot and
-the rank, so no generator's state is needed), ``window`` (what was measured since the last line),
-``best``, ``config`` (plain nested dictionaries), ``categories`` (names), ``category_ids`` (of the data).
+they took; ``step`` where it is absent), ``model``, ``ema`` (averaged weights by the names of ``model``, or
+None), ``optimizer``, ``scaler``, ``rng`` (the seed: data order, augmentation and sampling are pure functions
+of it, the position or the step, the slot and the rank, so no generator's state is needed), ``window`` (what
+was measured since the last line), ``best``, ``since_best`` (evaluations since then), ``config`` (plain nested
+dictionaries), ``categories`` (names), ``category_ids`` (of the data).
 """
 
 import os
@@ -33,6 +34,10 @@ FREE_TO_CHANGE = (
     "train.checkpoint_every",
     "train.eval_every",
     "train.pictures",
+    "train.patience",
+    "train.auto_batch",
+    "train.loggers",
+    "train.stall_seconds",
 )
 """Settings that a resumed run may change without a word: they do not change how the weights move."""
 
