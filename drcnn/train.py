@@ -18,7 +18,7 @@ from drcnn.arguments import parse
 from drcnn.command import command
 from drcnn.config import Config, load_config, print_field_help, to_dict
 from drcnn.engine import distributed
-from drcnn.engine.batch_size import with_auto_batch
+from drcnn.engine.batch_size import find_share, with_earlier_batch, with_share
 from drcnn.engine.optim import describe_lr, describe_schedule
 from drcnn.engine.signals import RunStopped
 from drcnn.engine.summary import build_model, describe_backends, describe_model
@@ -66,8 +66,12 @@ def main(argv: list[str]) -> int:
     if arguments.resume and arguments.overwrite:
         raise ConfigError("--resume continues a run and --overwrite deletes it; pass one of them")
     run = Path(arguments.out) if arguments.out else Path("runs") / path.stem
+    if arguments.resume and config.train.auto_batch:
+        config, share = with_earlier_batch(config, run), 0
+    else:
+        share = find_share(config)
     with distributed.process_group(distributed.rank_device(config.train.device)):
-        config, said = with_auto_batch(config, run, resume=arguments.resume)
+        config, said = with_share(config, share) if share else (config, [])
         prepare_run_folder(run, config, resume=arguments.resume, overwrite=arguments.overwrite)
         spoken = shlex.join(["drcnn", "train", *argv])
         settings = {"resume": arguments.resume, "command": spoken, "profile": arguments.profile}

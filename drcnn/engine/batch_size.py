@@ -73,41 +73,59 @@ def largest_fitting(try_images: Callable[[int], None], most: int = MOST_IMAGES) 
     return good
 
 
-def with_auto_batch(config: "Config", run: Path, *, resume: bool) -> tuple["Config", list[str]]:
-    """Sets the largest batch that fits on every rank's GPU, if the config asks for it.
+def find_share(config: "Config") -> int:
+    """Finds how many images fit on this rank's GPU at once, if the config asks for it; otherwise returns 0.
 
-    A resumed run keeps the batch that it began with.
-
-    Args:
-        config (Config): the experiment.
-        run (Path): the run folder.
-        resume (bool): whether an earlier run goes on.
-
-    Returns:
-        tuple[Config, list[str]]: with the batch size, and lines that tell it.
+    Called before the ranks join, as one that is out of memory would leave the others waiting.
 
     Raises:
         ConfigError: without a GPU, or if not even one image fits.
     """
     if not config.train.auto_batch:
-        return config, []
+        return 0
     device = distributed.rank_device(config.train.device)
     if device.type != "cuda":
         raise ConfigError(
             f"train.auto_batch looks for the batch that fits on a GPU, and this run is on the {device.type}; "
             "set --data.batch-size instead"
         )
-    if resume and (run / "config.json").is_file():
-        images = json.loads((run / "config.json").read_text())["data"]["batch_size"]
-        line = f"auto batch: {images} images a step, as when the run began"
-        return _with_batch_size(config, images), [line]
-    share = min(distributed.gather_objects(largest_fitting(lambda n: trial_step(config, device, n))))
+    share = largest_fitting(lambda images: trial_step(config, device, images))
     if not share:
         shape = " x ".join(map(str, largest_canvas(config.data)))
         raise ConfigError(f"not even one image of {shape} fits on {device}; lower --data.short-sides")
+    return share
+
+
+def with_share(config: "Config", share: int) -> tuple["Config", list[str]]:
+    """Sets the batch to what fits on every rank in each micro-batch.
+
+    Args:
+        config (Config): the experiment.
+        share (int): images that fit on this rank.
+
+    Returns:
+        tuple[Config, list[str]]: with the batch size, and a line that tells it with the learning rate.
+    """
+    share = min(distributed.gather_objects(share))
     images = share * distributed.world_size() * config.optim.accumulate
     line = f"auto batch: {share} images of the largest size fit at once, so a step has {images} images; "
     return _with_batch_size(config, images), [line + describe_lr(config.optim, images)]
+
+
+def with_earlier_batch(config: "Config", run: Path) -> "Config":
+    """Sets the batch that the run in a run folder began with, for its continuation.
+
+    Raises:
+        ConfigError: if the run folder does not tell it.
+    """
+    file = run / "config.json"
+    try:
+        images = json.loads(file.read_text())["data"]["batch_size"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError(
+            f"cannot read the batch of the run from {file}; pass --data.batch-size and --train.no-auto-batch"
+        ) from None
+    return _with_batch_size(config, images)
 
 
 def _with_batch_size(config: "Config", images: int) -> "Config":
@@ -124,16 +142,22 @@ def largest_canvas(data: DataConfig) -> tuple[int, int]:
 def trial_step(config: "Config", device: torch.device, images: int) -> None:
     """Does two steps of a new detector on the largest padded images, then frees all.
 
-    Two, as the optimizer has its state only after the first.
+    Two, as the optimizer has its state only after the first. A tenth of the memory stays free for what a
+    trial does not have: the ranks' exchange, stitching, other shapes.
 
     Raises:
         torch.OutOfMemoryError: if they do not fit.
     """
+    on_gpu = device.type == "cuda"
     try:
+        if on_gpu:
+            torch.cuda.set_per_process_memory_fraction(0.9, device)
         _trial_step(config, device, images)
     finally:
         gc.collect()
-        torch.cuda.empty_cache()
+        if on_gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
 def _trial_step(config: "Config", device: torch.device, images: int) -> None:

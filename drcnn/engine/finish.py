@@ -29,6 +29,7 @@ def write_results(
         if distributed.is_main():
             record = {"split": split, "step": step, **metrics.to_dict()}
             (log.run / f"metrics_{split}.json").write_text(json.dumps(record, indent=1) + "\n")
+    log.watchdog.waits_for("the pictures of predictions")
     pictures = log.config.train.pictures
     if distributed.is_main() and pictures:
         draw_predictions(model, shown, log.config.data, log.run / "predictions", pictures=pictures)

@@ -195,8 +195,8 @@ class Trainer:
                     self.model.scale.decide()
                     self.is_collage.send(self.model.scale.collage)
                 self.backward({name: loss / count for name, loss in losses.items()})
-            found.append(losses)
-        return {name: torch.stack([own[name].detach() for own in found]).mean(dim=0) for name in found[0]}
+            found.append({name: loss.detach() for name, loss in losses.items()})
+        return {name: torch.stack([own[name] for own in found]).mean(dim=0) for name in found[0]}
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Computes the losses of a micro-batch."""
@@ -279,7 +279,7 @@ class Trainer:
             dataset,
             self.config.data,
             device=self.device,
-            batch_size=max(1, self.config.data.batch_size // self.world_size),
+            batch_size=self.config.data.batch_size // (self.world_size * self.config.optim.accumulate),
             amp=self.config.train.amp,
             progress=progress,
         )

@@ -8,7 +8,14 @@ import torch
 from drcnn.config import Config
 from drcnn.data import canvas_ladder
 from drcnn.engine import batch_size
-from drcnn.engine.batch_size import largest_canvas, largest_fitting, trial_step, with_auto_batch
+from drcnn.engine.batch_size import (
+    find_share,
+    largest_canvas,
+    largest_fitting,
+    trial_step,
+    with_earlier_batch,
+    with_share,
+)
 from drcnn.engine.optim import OptimConfig
 from drcnn.engine.run_config import TrainConfig
 from drcnn.errors import ConfigError
@@ -57,28 +64,28 @@ def config(tiny_data):
     return Config(TINY, tiny_data, OptimConfig(accumulate=3, reference_batch=16), train)
 
 
-def test_a_cpu_is_refused(config, tmp_path):
+def test_a_cpu_is_refused(config):
     config = replace(config, train=replace(config.train, device="cpu"))
     with pytest.raises(ConfigError, match=r"this run is on the cpu; set --data\.batch-size instead"):
-        with_auto_batch(config, tmp_path, resume=False)
-    off = replace(config, train=replace(config.train, auto_batch=False))
-    assert with_auto_batch(off, tmp_path, resume=False) == (off, [])
+        find_share(config)
+    assert find_share(replace(config, train=replace(config.train, auto_batch=False))) == 0
 
 
 def test_the_batch_found_sets_the_lr_and_is_kept_on_resume(config, tmp_path, monkeypatch):
     memory = Memory(5)
     monkeypatch.setattr(batch_size.distributed, "rank_device", lambda name: torch.device("cuda", 0))
     monkeypatch.setattr(batch_size, "trial_step", lambda config, device, images: memory(images))
-    found, lines = with_auto_batch(config, tmp_path, resume=False)
+    found, lines = with_share(config, find_share(config))
     assert found.data.batch_size == 15  # three micro-batches of five
     assert "5 images of the largest size fit at once, so a step has 15 images" in lines[0]
     assert "lr 0.02 for 16 images -> 0.01875 for 15 images" in lines[0]
+    with pytest.raises(ConfigError, match="cannot read the batch of the run from"):
+        with_earlier_batch(config, tmp_path)
     (tmp_path / "config.json").write_text('{"data": {"batch_size": 9}}')
-    again, lines = with_auto_batch(config, tmp_path, resume=True)
-    assert again.data.batch_size == 9 and "as when the run began" in lines[0]
+    assert with_earlier_batch(config, tmp_path).data.batch_size == 9
     memory.images = 0
     with pytest.raises(ConfigError, match="not even one image of 64 x 96 fits"):
-        with_auto_batch(config, tmp_path, resume=False)
+        find_share(config)
 
 
 def test_a_trial_step_runs_on_the_largest_images(config, monkeypatch):

@@ -170,7 +170,7 @@ def test_a_batch_that_cannot_be_shared_out(config, tmp_path, write_config, capsy
 
 
 def test_ranks_exchange_gradients_after_the_last_micro_batch_alone(tiny_coco, tmp_path, write_config):
-    """Two ranks and their micro-batches give what one rank with the same micro-batches gives."""
+    """Before that each holds its own, after it both hold the same."""
     splits = [SplitConfig(f"images/{s}", f"annotations/instances_{s}.json") for s in ("train", "val")]
     sizes = dict(short_sides=(64,), max_size=96, test_short_side=64, test_max_size=96, pad_step=32)
     data = DataConfig(str(tiny_coco), *splits, batch_size=4, workers=0, **sizes)
@@ -181,12 +181,12 @@ def test_ranks_exchange_gradients_after_the_last_micro_batch_alone(tiny_coco, tm
         "import sys, torch\n"
         "from drcnn.engine.trainer import Trainer\n"
         "from drcnn.train import main\n"
-        "clip, out = Trainer.clip_gradients, sys.argv.pop()\n"
-        "def spy(self):\n"
-        "    gradients = [p.grad.clone() for p in self.model.parameters() if p.grad is not None]\n"
-        "    if self.step == 0: torch.save(gradients, f'{out}-{self.rank}.pt')\n"
-        "    return clip(self)\n"
-        "Trainer.clip_gradients = spy\n"
+        "backward, out, seen = Trainer.backward, sys.argv.pop(), []\n"
+        "def spy(self, losses):\n"
+        "    backward(self, losses)\n"
+        "    seen.append([p.grad.clone() for p in self.model.parameters() if p.grad is not None])\n"
+        "    torch.save(seen, f'{out}-{self.rank}.pt')\n"
+        "Trainer.backward = spy\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -195,8 +195,12 @@ def test_ranks_exchange_gradients_after_the_last_micro_batch_alone(tiny_coco, tm
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     first, second = (torch.load(tmp_path / f"gradients-{rank}.pt") for rank in range(2))
-    assert len(first) > 10
-    assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
+    equal = [
+        [torch.equal(*pair) for pair in zip(*own, strict=True)] for own in zip(first, second, strict=True)
+    ]
+    assert len(equal) == 4 and len(equal[0]) > 10
+    assert not any(equal[0]) and all(equal[1])
+    assert not any(equal[2]) and all(equal[3])
     assert state_of(tmp_path / "run")["step"] == 2
 
 
@@ -228,6 +232,14 @@ def test_training_stops_early_and_remembers_it(config, tmp_path, write_config, m
 
 
 def test_compiled_losses_are_those_of_the_plain_detector(config, tmp_path, monkeypatch):
+    """As one graph with its backward; the code generator, which takes minutes, is left out."""
+    compile_, asked = torch.compile, []
+
+    def traced(model, **options):
+        asked.append(options)
+        return compile_(model, fullgraph=options["fullgraph"], backend="aot_eager")
+
+    monkeypatch.setattr(torch, "compile", traced)
     config = replace(config, model=replace(TINY, rpn=replace(TINY.rpn, samples=64, positive_fraction=0.5)))
     found = []
     for compiled in (False, True):
@@ -237,6 +249,7 @@ def test_compiled_losses_are_those_of_the_plain_detector(config, tmp_path, monke
         batches = trainer.fetch(trainer.batches())
         found.append(trainer.compute_gradients(batches))
         assert trainer.model.state_dict().keys() == own.model.build().state_dict().keys()
+    assert asked == [{"fullgraph": True, "options": {"fallback_random": True}}]
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
 
 
