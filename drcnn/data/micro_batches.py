@@ -1,10 +1,13 @@
 """Cutting a batch into micro-batches, whose gradients are summed before the optimizer's step."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from drcnn.data.bitmasks import BitMasks
 from drcnn.data.loader import Batch
+from drcnn.structures import ImageBatch, Targets
 
 
 def split_batch(batch: Batch, count: int) -> list[Batch]:
@@ -24,18 +27,14 @@ def split_batch(batch: Batch, count: int) -> list[Batch]:
     size = len(batch.indices) // count
 
     def part(start: int) -> Batch:
-        def own(tensor: Tensor) -> Tensor:
-            return tensor[start : start + size]
+        def own(value: Any) -> Any:
+            return value[start : start + size] if isinstance(value, Tensor) else value
 
-        images = batch.images._replace(tensor=own(batch.images.tensor), sizes=own(batch.images.sizes))
-        targets = batch.targets._replace(**{name: own(getattr(batch.targets, name)) for name in _TARGETS})
+        images, targets = ImageBatch(*map(own, batch.images)), Targets(*map(own, batch.targets))
         masks = None if batch.masks is None else _part_of_masks(batch, start, size)
         return Batch(images, targets, own(batch.indices), own(batch.original_sizes), masks=masks)
 
     return [part(start) for start in range(0, count * size, size)]
-
-
-_TARGETS = ("boxes", "labels", "valid")
 
 
 def _part_of_masks(batch: Batch, start: int, size: int) -> BitMasks:
