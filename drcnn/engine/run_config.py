@@ -26,6 +26,8 @@ class TrainConfig:
     """Iterations between log lines; losses are means over them."""
     checkpoint_every: int = 5000
     """Iterations between writings of checkpoints/last.pt; 0 writes it only at the end."""
+    keep_last: int = 1
+    """More than 1 keeps so many earlier checkpoints too, as checkpoints/step_XXXXXXXX.pt."""
     eval_every: int = 0
     """Iterations between evaluations on the val split, the best of which is kept; 0 evaluates at the end."""
     pictures: int = 8
@@ -33,7 +35,13 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
-        for name, least in (("seed", 0), ("log_every", 1), ("checkpoint_every", 0), ("eval_every", 0)):
+        for name, least in (
+            ("seed", 0),
+            ("log_every", 1),
+            ("checkpoint_every", 0),
+            ("keep_last", 1),
+            ("eval_every", 0),
+        ):
             if getattr(self, name) < least:
                 raise ConfigError(f"train.{name} must be at least {least}, got {getattr(self, name)}")
         if self.threads is not None and self.threads < 1:
