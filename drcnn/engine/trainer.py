@@ -5,10 +5,8 @@ Everything random in an iteration follows from (seed, iteration, rank) and from 
 the stream, so that a resumed run continues as if it had never stopped.
 """
 
-import json
 import signal
 import time
-from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,10 +21,10 @@ from drcnn.engine import distributed
 from drcnn.engine.checkpoint import FORMAT, changed_settings, load_checkpoint, save_checkpoint
 from drcnn.engine.early_read import EarlyRead
 from drcnn.engine.evaluator import AMP_TYPES, Metrics, evaluate
+from drcnn.engine.finish import write_results
 from drcnn.engine.optim import build_optimizer, load_optimizer, lr_at, set_lr
-from drcnn.engine.predictor import draw_predictions
-from drcnn.engine.progress import Display, MetricsFile, memory_mb
 from drcnn.engine.run_config import TrainConfig
+from drcnn.engine.run_log import RunLog
 from drcnn.engine.signals import RunStopped, StopRequest
 from drcnn.engine.splits import open_splits
 from drcnn.engine.start import load_initial_weights
@@ -56,7 +54,7 @@ class Trainer:
     ) -> None:
         self.config, self.plain_config, self.run, self.command = config, plain_config, run, command
         self.rank, self.world_size = distributed.rank(), distributed.world_size()
-        main, fp16 = distributed.is_main(), config.train.amp == "fp16"
+        fp16 = config.train.amp == "fp16"
         self.device = distributed.rank_device(config.train.device)
         if config.train.threads is not None:
             torch.set_num_threads(config.train.threads)
@@ -80,10 +78,8 @@ class Trainer:
         self.is_collage = EarlyRead(self.device)
         self.is_collage.send(self.model.scale.collage)
         self.parallel = distributed.wrap(self.model, self.device)
-        self.display = Display(run / "log.txt" if main else None, config.optim.iterations, silent=not main)
         keep = self.was_before if resume else None
-        self.metrics = MetricsFile(run / "metrics.jsonl", keep) if main else None
-        self.recent: deque[tuple[int, Tensor]] = deque(maxlen=config.train.log_every)
+        self.log = RunLog(config, run, self.train_data, self.window, keep)
 
     def fit(self) -> dict[str, Metrics]:
         """Trains to the last iteration and evaluates; returns the metrics of each evaluated split.
@@ -93,13 +89,13 @@ class Trainer:
             RunStopped: after Ctrl-C or SIGTERM, once the state is saved.
         """
         train, last = self.config.train, self.config.optim.iterations
-        self.display.start()
+        self.log.display.start()
         try:
             for line in self.summary():
-                self.display.say(line)
+                self.log.display.say(line)
             with StopRequest() as self.stop:
                 batches = self.batches()
-                self.restart_clock()
+                self.log.restart_clock()
                 while self.step < last:
                     batch = self.fetch(batches)
                     losses = self.forward(batch)
@@ -108,19 +104,16 @@ class Trainer:
                     self.step += 1
 
                     if due(train.log_every, self.step) or self.step == last:
-                        self.log()
-                    pause = time.perf_counter()
-                    if due(train.eval_every, self.step) and self.step < last:
-                        self.evaluate_val()
-                    if due(train.checkpoint_every, self.step) or self.step == last:
-                        self.save("last.pt")
-                    self.clock += time.perf_counter() - pause
+                        self.log.write_step(self.step, self.position, self.model)
+                    with self.log.paused_clock():
+                        if due(train.eval_every, self.step) and self.step < last:
+                            self.evaluate_val()
+                        if due(train.checkpoint_every, self.step) or self.step == last:
+                            self.save("last.pt")
                     self.stop_if_asked()
             return self.finish()
         finally:
-            self.display.close()
-            if self.metrics is not None:
-                self.metrics.close()
+            self.log.close()
 
     def batches(self) -> Iterator[Batch]:
         """Yields the batches of this rank from the current position on, as many as may be needed."""
@@ -139,10 +132,9 @@ class Trainer:
         except (RuntimeError, OSError):
             self.stop_if_asked()  # the signal that asks to stop may have ended the loader's workers
             raise
-        self.data_time += time.perf_counter() - start
-        self.timed_steps += 1
+        indices = torch.cat([batch.indices for batch in taken])
+        self.log.fetched(self.step + 1, indices, time.perf_counter() - start)
         self.position += wanted
-        self.recent.append((self.step + 1, torch.cat([batch.indices for batch in taken])))
         torch.manual_seed(iteration_seed(self.config.train.seed, self.step, self.rank))
         return self.stitch(taken, self.device)
 
@@ -181,56 +173,13 @@ class Trainer:
         else:
             self.window.add(self.step + 1, values | norm, {})
 
-    def log(self) -> None:
-        """Reads the window, checks it, and writes one record."""
-        losses, dynamics = self.read_window()
-        optim, data = self.config.optim, self.config.data
-        seconds = time.perf_counter() - self.clock
-        record: dict[str, Any] = {
-            "step": self.step,
-            "epoch": self.position * data.batch_size / len(self.train_data),
-            "lr": lr_at(optim, self.step - 1, data.batch_size),
-            **losses,
-            **dynamics,
-            "scale_histogram": self.model.scale.histogram.tolist(),
-            "time_per_step": seconds / self.timed_steps,
-            "data_time": self.data_time / self.timed_steps,
-            "memory_mb": memory_mb(self.device),
-        }
-        self.window.reset()
-        self.restart_clock()
-        self.display.step(record)
-        if self.metrics is not None:
-            self.metrics.write(record)
-
-    def read_window(self) -> tuple[dict[str, float], dict[str, float | list[float]]]:
-        """Waits for the device, and stops the run if a loss or gradient was not finite.
-
-        Raises:
-            TrainingError: naming the iteration and its images.
-        """
-        losses, dynamics, bad = self.window.read(self.model.dynamics.metrics())
-        bad = distributed.first_over_ranks(bad)
-        if bad is None:
-            return distributed.mean_over_ranks(losses, self.device), dynamics
-        indices = dict(self.recent).get(bad, torch.zeros(0, dtype=torch.int64)).tolist()
-        names = distributed.gather_objects([self.train_data.file_name(i) for i in indices])
-        images = ", ".join(name for share in names for name in share)
-        lr = lr_at(self.config.optim, bad - 1, self.config.data.batch_size)
-        kept = self.run / "checkpoints" / "last.pt"
-        raise TrainingError(
-            f"a loss or gradient was not finite at iteration {bad} (lr {lr:.3g}) on the images {images}; "
-            f"lower --optim.lr, set --optim.clip-norm 10, or check these images"
-            + (f"; {kept} is from before" if kept.exists() else "")
-        )
-
     def save(self, name: str) -> None:
         """Writes a checkpoint on the main rank.
 
         Raises:
             TrainingError: if a weight is not finite, before anything is written, or if the disk says no.
         """
-        self.read_window()
+        self.log.read_window(self.model)
         finite = torch.stack([p.detach().isfinite().all() for p in self.model.parameters()]).all()
         if not bool(finite):
             raise TrainingError(
@@ -252,7 +201,7 @@ class Trainer:
         """Evaluates the model, whose weights are those of ``step``, on one split and writes a record."""
 
         def progress(done: int, total: int) -> None:
-            self.display.evaluation(split, done, total)
+            self.log.display.evaluation(split, done, total)
             if self.world_size == 1:
                 self.stop_if_asked()
 
@@ -265,9 +214,7 @@ class Trainer:
             amp=self.config.train.amp,
             progress=progress,
         )
-        self.display.say(f"step {step}  {split}  {metrics.headline()}")
-        if self.metrics is not None:
-            self.metrics.write({"step": step, "split": split, **metrics.flat()})
+        self.log.write_evaluation(step, split, metrics)
         return metrics
 
     def finish(self) -> dict[str, Metrics]:
@@ -278,23 +225,13 @@ class Trainer:
             distributed.barrier()
             state = load_checkpoint(self.run / "checkpoints" / "best.pt")
             self.model.load_state_dict(state["model"])
-        self.display.say(f"weights of step {best['step']}, the best on val, are evaluated and drawn")
+        self.log.display.say(f"weights of step {best['step']}, the best on val, are evaluated and drawn")
         found = {"val": Metrics.from_dict(best["metrics"])}
         shown = self.val_data
         if self.test_data is not None and self.test_data.has_annotations:
             found["test"] = self.evaluate("test", self.test_data, best["step"])
             shown = self.test_data
-        for split, metrics in found.items():
-            self.display.say(f"{split} split:")
-            self.display.show(metrics.table())
-            if distributed.is_main():
-                record = {"split": split, "step": best["step"], **metrics.to_dict()}
-                (self.run / f"metrics_{split}.json").write_text(json.dumps(record, indent=1) + "\n")
-        if distributed.is_main() and self.config.train.pictures:
-            folder = self.run / "predictions"
-            draw_predictions(self.model, shown, self.config.data, folder, pictures=self.config.train.pictures)
-        self.display.say(f"run folder: {self.run} (checkpoints/best.pt, metrics.jsonl, predictions/)")
-        distributed.barrier()
+        write_results(self.log, self.model, found, best["step"], shown)
         return found
 
     def stop_if_asked(self) -> None:
@@ -315,10 +252,6 @@ class Trainer:
                 "the same command with --resume continues",
                 128 + asked,
             )
-
-    def restart_clock(self) -> None:
-        """Starts to time the iterations of the next record."""
-        self.clock, self.data_time, self.timed_steps = time.perf_counter(), 0.0, 0
 
     def summary(self) -> list[str]:
         """Returns the lines that say what is trained, on what, how, and with which kernels."""
