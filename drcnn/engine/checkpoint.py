@@ -4,8 +4,9 @@ Keys: ``format`` (1), ``drcnn_version``, ``step`` (iterations done), ``position`
 they took; ``step`` where it is absent), ``model``, ``ema`` (None), ``optimizer``, ``scaler``, ``rng`` (the
 seed: data order, augmentation and sampling are pure functions of it, the position or the step, the slot and
 the rank, so no generator's state is needed), ``window`` (what was measured since the last line),
-``best``, ``evaluated`` (the step of the last evaluation on val that is done and recorded; one that is due at
-``step`` and is not done comes first when the run continues), ``config`` (plain nested dictionaries), ``categories`` (names), ``category_ids`` (of the data).
+``best``, ``evaluated`` (the step of the last evaluation on val that is recorded: one that is due at ``step``
+and is not done comes first when the run continues), ``config`` (plain nested dictionaries), ``categories``
+(names), ``category_ids`` (of the data).
 """
 
 import pickle
@@ -54,24 +55,24 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
         try:
             torch.save(state, writer)
         except RuntimeError as error:
-            raise writer.failure or error from None
+            raise writer.failure or error from None  # torch does not pass on why a write failed
         writer.finish()
 
 
-def save_last(folder: Path, state: dict[str, Any], keep: int) -> None:
-    """Writes ``last.pt``, and with ``keep`` more than 1 ``step_XXXXXXXX.pt``, of which the newest ``keep`` stay.
+def keep_steps(folder: Path, state: dict[str, Any], keep: int) -> None:
+    """Writes ``step_XXXXXXXX.pt`` beside ``last.pt`` if ``keep`` is more than 1; the newest ``keep`` stay.
 
-    Both are written out, so that damage to one does not reach the other. A file of a later step is from a
-    course that the run went back on, and goes.
+    It is a file of its own, so that damage to one does not reach the other. A file of a later step than
+    that of ``state`` is from a course that the run went back on, and goes.
 
     Raises:
         TrainingError: if a file cannot be written or removed.
     """
-    save_checkpoint(folder / "last.pt", state)
     if keep > 1:
-        save_checkpoint(folder / f"step_{state['step']:08d}.pt", state)
+        own = folder / f"step_{state['step']:08d}.pt"
+        save_checkpoint(own, state)
         files = _step_files(folder)
-        newest = files.index(folder / f"step_{state['step']:08d}.pt")
+        newest = files.index(own)
         for path in files[:newest] + files[newest + keep :]:
             with changing(path):
                 path.unlink()
@@ -142,6 +143,30 @@ def newest_intact(run: str | Path) -> Newest:
     if found is None:
         raise WeightsError(f"{run} cannot be continued: {'; '.join(passed_over)}")
     return Newest(path, found, passed_over)
+
+
+def matching_best(run: Path, state: dict[str, Any]) -> tuple[dict[str, Any] | None, list[str]]:
+    """Gives the record of a run's best weights that ``best.pt`` bears out, and what there is to say about it.
+
+    They differ where ``last.pt`` was torn or put back: the file is then of a later step than the state. Its
+    own record is taken. That of a torn file is lost, unless the state is of the same step and writes it anew.
+
+    Args:
+        run: the run folder.
+        state: what the run continues from.
+    """
+    best, path = state["best"], run / "checkpoints" / "best.pt"
+    if best is None or best["step"] == state["step"]:
+        return best, []
+    try:
+        found = load_checkpoint(path)
+    except WeightsError as error:
+        return None, [f"the weights of step {best['step']}, the best so far, are lost: {error}"]
+    if found["step"] == best["step"]:
+        return best, []
+    return found.get("best"), [
+        f"{path} is of step {found['step']}, not {best['step']}; its AP is to be beaten"
+    ]
 
 
 def _try(path: Path, passed_over: list[str]) -> dict[str, Any] | None:

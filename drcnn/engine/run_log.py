@@ -108,6 +108,11 @@ class RunLog:
         if self.metrics is not None:
             self.metrics.write(record)
 
+    def sync(self) -> None:
+        """Waits until all records are on disk."""
+        if self.metrics is not None:
+            self.metrics.sync()
+
     def read_window(self, model: nn.Module) -> tuple[dict[str, float], dict[str, float | list[float]]]:
         """Waits for the device, and stops the run if a loss or gradient was not finite.
 

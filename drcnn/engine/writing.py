@@ -43,9 +43,8 @@ def changing(path: Path, kept: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, RuntimeError) as error:  # RuntimeError is torch's
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-        kept = kept if path.exists() else ""
+    except OSError as error:
+        reason, kept = error.strerror or str(error), kept if path.exists() else ""
         raise TrainingError(
             f"cannot write {path}: {reason}{kept}; free space or pass another --out"
         ) from error
