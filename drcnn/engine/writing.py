@@ -44,7 +44,7 @@ def changing(path: Path, kept: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason, kept = error.strerror or str(error), kept if path.exists() else ""
+        reason, kept = error.strerror or str(error), kept if os.path.exists(path) else ""
         raise TrainingError(
             f"cannot write {path}: {reason}{kept}; free space or pass another --out"
         ) from error

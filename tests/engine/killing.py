@@ -5,8 +5,8 @@
 PLAN is a json file: the `arguments` of the verb, two folders for the runs `unbroken` and `killed`, and the
 `moments` at which the second is killed by SIGKILL, to be resumed in another child. A moment is the `step`
 which, or a later one, the child must tell of; with `writing`, the checkpoint whose new file must be there
-then; and how long to `wait` after that, in iterations. In the end both runs are complete. Printed is, as json, what
-stood in the folder of checkpoints right after each kill.
+then; and how long to `wait` after that, in iterations. In the end both runs are complete. Printed is, as
+json, what stood in the folder of checkpoints right after each kill.
 """
 
 import json
