@@ -23,6 +23,7 @@ from drcnn.engine.optim import describe_lr, describe_schedule
 from drcnn.engine.signals import RunStopped
 from drcnn.engine.summary import build_model, describe_backends, describe_model
 from drcnn.engine.trainer import Trainer
+from drcnn.engine.writing import replacing
 from drcnn.errors import ConfigError
 from drcnn.structures import ImageBatch
 
@@ -41,7 +42,7 @@ class TrainArguments:
     out: str = ""
     """Run folder; runs/<name of CONFIG> if empty."""
     resume: bool = False
-    """Continue the run in the run folder from its checkpoints/last.pt."""
+    """Continue the run in the run folder from its checkpoints/last.pt, or from the newest that is whole."""
     overwrite: bool = False
     """Start anew in a run folder that holds checkpoints, and delete what the earlier run wrote."""
     profile: int = 0
@@ -52,7 +53,7 @@ class TrainArguments:
 
 @command
 def main(argv: list[str]) -> int:
-    """Runs the verb and returns its exit code: 0, 2 for an error to fix, 130 or 143 when stopped."""
+    """Runs the verb and returns its exit code: 0, 2 for an error to fix, 128 + the signal when stopped."""
     if "-h" in argv or "--help" in argv:
         return show_help(argv)
     if not argv or argv[0].startswith("-"):
@@ -111,12 +112,12 @@ def prepare_run_folder(run: Path, config: Config, *, resume: bool, overwrite: bo
         ConfigError: if the folder holds another run, or none to resume, or cannot be written.
     """
     if distributed.is_main():
-        last = run / "checkpoints" / "last.pt"
-        if resume and not last.is_file():
+        last, begun = run / "checkpoints" / "last.pt", any((run / "checkpoints").glob("*.pt"))
+        if resume and not begun:
             raise ConfigError(
                 f"there is nothing to resume: {last} does not exist; leave out --resume or fix --out"
             )
-        if not (resume or overwrite) and any((run / "checkpoints").glob("*.pt")):
+        if begun and not (resume or overwrite):
             raise ConfigError(
                 f"{run} already holds checkpoints; pass --resume to continue, --out FOLDER for another run, "
                 "or --overwrite to delete them"
@@ -128,7 +129,8 @@ def prepare_run_folder(run: Path, config: Config, *, resume: bool, overwrite: bo
                 for name in OWN_FILES:
                     (run / name).unlink(missing_ok=True)
             run.mkdir(parents=True, exist_ok=True)
-            (run / "config.json").write_text(json.dumps(to_dict(config), indent=1) + "\n")
+            with replacing(run / "config.json") as file:
+                file.write(json.dumps(to_dict(config), indent=1).encode() + b"\n")
         except OSError as error:
             raise ConfigError(
                 f"cannot write the run folder {run}: {error.strerror}; pass another --out"

@@ -26,6 +26,8 @@ class TrainConfig:
     """Iterations between log lines; losses are means over them."""
     checkpoint_every: int = 5000
     """Iterations between writings of checkpoints/last.pt; 0 writes it only at the end."""
+    keep_last: int = 1
+    """More than 1 keeps so many earlier checkpoints too, as checkpoints/step_XXXXXXXX.pt."""
     eval_every: int = 0
     """Iterations between evaluations on the val split, the best of which is kept; 0 evaluates at the end."""
     patience: int = 0
@@ -47,8 +49,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
-        least = {"seed": 0, "log_every": 1, "checkpoint_every": 0, "eval_every": 0, "patience": 0}
-        for name, value in (least | {"stall_seconds": 0}).items():
+        least = {"seed": 0, "log_every": 1, "checkpoint_every": 0, "keep_last": 1, "eval_every": 0}
+        for name, value in (least | {"patience": 0, "stall_seconds": 0}).items():
             if not getattr(self, name) >= value:
                 raise ConfigError(f"train.{name} must be at least {value}, got {getattr(self, name)}")
         if self.patience and not self.eval_every:

@@ -113,8 +113,8 @@ class RunLog:
             **losses,
             **dynamics,
             "scale_histogram": model.scale.histogram.tolist(),
-            "time_per_step": seconds / self.timed_steps,
-            "data_time": self.data_time / self.timed_steps,
+            "time_per_step": seconds / max(self.timed_steps, 1),
+            "data_time": self.data_time / max(self.timed_steps, 1),
             "memory_mb": memory_mb(self.window.device),
         }
         self.window.reset()
@@ -133,6 +133,11 @@ class RunLog:
             self.metrics.write(record)
         for logger in self.loggers:
             logger.write(record)
+
+    def sync(self) -> None:
+        """Waits until all records are on disk."""
+        if self.metrics is not None:
+            self.metrics.sync()
 
     def read_window(self, model: nn.Module) -> tuple[dict[str, float], dict[str, float | list[float]]]:
         """Waits for the device, and stops the run if a loss or gradient was not finite.

@@ -21,7 +21,15 @@ from drcnn import __version__
 from drcnn.data import Batch, CocoDataset, Stitcher, split_batch, train_loader
 from drcnn.engine import distributed
 from drcnn.engine.batch_size import check_batch_size
-from drcnn.engine.checkpoint import FORMAT, changed_settings, load_checkpoint, save_checkpoint
+from drcnn.engine.checkpoint import (
+    FORMAT,
+    changed_settings,
+    keep_steps,
+    load_checkpoint,
+    matching_best,
+    newest_intact,
+    save_checkpoint,
+)
 from drcnn.engine.compiled import compile_training
 from drcnn.engine.determinism import COST, deterministic, iteration_seed
 from drcnn.engine.early_read import EarlyRead
@@ -53,7 +61,7 @@ class Trainer:
         config (Config): the experiment.
         plain_config (dict): the same as plain types, for checkpoints and config.json.
         run (Path): the run folder, already prepared.
-        resume (bool): continue from RUN/checkpoints/last.pt.
+        resume (bool): continue from RUN/checkpoints/last.pt, or from the newest checkpoint that is whole.
         command (str): the command line, for the record.
         profile (int): iterations to trace after the first few.
         notes (Sequence[str]): more lines to begin the log with.
@@ -87,15 +95,19 @@ class Trainer:
         self.window = LossWindow(self.device)
         self.step = 0  # iterations done
         self.position = 0  # batches of the stream taken by them
+        self.evaluated = 0  # step of the last evaluation on val that is recorded
+        self.saved = (0, 0)  # step and evaluated of last.pt
         self.best: dict[str, Any] | None = None
         self.since_best = 0  # evaluations without a better AP
         self.changes: list[str] = []
-        state = load_checkpoint(run / "checkpoints" / "last.pt") if resume else None
+        newest = newest_intact(run) if resume else None
         self.notes = [*notes, *([] if resume else load_initial_weights(self.model, config))]
         decay = config.optim.ema
         self.averaged = None if decay is None else AveragedWeights(self.model, decay)
-        if state is not None:
-            self.load_state(state)
+        if newest is not None:
+            passed = [f"passed over: {line}" for line in newest.passed_over]
+            self.notes += [*passed, *([f"continued from {newest.path}"] * bool(passed))]
+            self.load_state(newest.state)
         self.stitch = Stitcher(config.model.scale, config.model.pixel_mean, config.data.pad_multiple)
         self.is_collage = EarlyRead(self.device)
         self.is_collage.send(self.model.scale.collage)
@@ -112,15 +124,19 @@ class Trainer:
 
         Raises:
             TrainingError: if a loss is no longer finite or a checkpoint cannot be written.
-            RunStopped: after Ctrl-C or SIGTERM, once the state is saved.
+            RunStopped: after Ctrl-C, SIGTERM or SIGUSR1, once the state is saved.
         """
         train, last = self.config.train, self.config.optim.iterations
         self.log.start(self.summary())
         try:
-            with deterministic(train.deterministic):
-                with StopRequest() as self.stop, self.profiler:
-                    batches = self.batches()
-                    self.log.restart_clock()
+            with deterministic(train.deterministic), StopRequest() as self.stop:
+                if self.best is not None and self.best["step"] == self.step:
+                    self.save("last.pt", "best.pt")  # a crash may have come before the second
+                if self.evaluation_due():
+                    self.evaluate_val()
+                batches = self.batches()
+                self.log.restart_clock()
+                with self.profiler:
                     while not self.ended:
                         micro_batches = self.fetch(batches)
                         losses = self.compute_gradients(micro_batches)
@@ -132,14 +148,13 @@ class Trainer:
                         if due(train.log_every, self.step) or self.step == last:
                             self.log.write_step(self.step, self.position, self.model)
                         with self.log.paused_clock():
-                            if due(train.eval_every, self.step) and self.step < last:
-                                self.evaluate_val()
-                        if self.ended and self.log.timed_steps:  # early, between two records
-                            self.log.write_step(self.step, self.position, self.model)
-                        with self.log.paused_clock():
-                            if due(train.checkpoint_every, self.step) or self.ended:
+                            if due(train.checkpoint_every, self.step) or self.step == last:
                                 self.save("last.pt")
+                            if self.evaluation_due():
+                                self.evaluate_val()
                         self.stop_if_asked()
+                if self.window.count:  # the run ended early, between two records
+                    self.log.write_step(self.step, self.position, self.model)
                 return self.finish()
         finally:
             self.log.close()
@@ -231,8 +246,8 @@ class Trainer:
         else:
             self.window.add(self.step + 1, values | norm, {})
 
-    def save(self, name: str) -> None:
-        """Writes a checkpoint on the main rank.
+    def save(self, *names: str) -> None:
+        """Writes the state under each name in the folder of checkpoints, on the main rank.
 
         Raises:
             TrainingError: if a weight is not finite, before anything is written, or if the disk says no.
@@ -246,7 +261,17 @@ class Trainer:
                 "lower --optim.lr"
             )
         if distributed.is_main():
-            save_checkpoint(self.run / "checkpoints" / name, self.state())
+            self.log.sync()  # no record may be missing that the checkpoint comes after
+            folder, state = self.run / "checkpoints", self.state()
+            for name in names:
+                save_checkpoint(folder / name, state)
+            keep_steps(folder, state, self.config.train.keep_last)
+        self.saved = (self.step, self.evaluated)
+
+    def evaluation_due(self) -> bool:
+        """Tells whether an evaluation on val comes after this iteration and is not done yet."""
+        last = self.step == self.config.optim.iterations
+        return self.evaluated != self.step and (last or due(self.config.train.eval_every, self.step))
 
     @property
     def evaluated_model(self) -> nn.Module:
@@ -254,15 +279,19 @@ class Trainer:
         return self.model if self.averaged is None else self.averaged.module
 
     def evaluate_val(self) -> None:
-        """Evaluates on the val split and keeps the best weights by AP, of the masks if there are any."""
+        """Evaluates on the val split and keeps the best weights by AP, of the masks if there are any.
+
+        ``last.pt`` is written first: after a crash ``best.pt`` can be made from it, but not the other way.
+        """
         metrics = self.evaluate("val", self.val_data, self.step)
-        ap = metrics.selection_ap
+        self.evaluated, ap = self.step, metrics.selection_ap
         if self.best is None or ap > self.best["AP"]:
             self.best = {"step": self.step, "AP": ap, "metrics": metrics.to_dict()}
             self.since_best = 0
-            self.save("best.pt")
+            self.save("last.pt", "best.pt")
         else:
             self.since_best += 1
+            self.save("last.pt")
 
     def evaluate(self, split: str, dataset: CocoDataset, step: int) -> Metrics:
         """Evaluates the model, whose weights are those of ``step``, on one split and writes a record."""
@@ -287,10 +316,11 @@ class Trainer:
         return metrics
 
     def finish(self) -> dict[str, Metrics]:
-        """Evaluates at the end, with the weights that are best on val; writes metrics and pictures."""
-        if self.step == self.config.optim.iterations:
-            self.evaluate_val()
-        else:
+        """Evaluates the weights that are best on val at the end; writes metrics and pictures.
+
+        A run that is killed here and resumed does all of it again; ``last.pt`` does not change any more.
+        """
+        if self.step < self.config.optim.iterations:
             self.log.display.say(
                 f"stopped early, after iteration {self.step}: no better AP in {self.since_best} evaluations"
             )
@@ -309,7 +339,7 @@ class Trainer:
         return found
 
     def stop_if_asked(self) -> None:
-        """Saves and leaves after Ctrl-C or SIGTERM; several ranks agree on it at log events.
+        """Saves and leaves after Ctrl-C, SIGTERM or SIGUSR1; several ranks agree on it at log events.
 
         Raises:
             RunStopped: once the state is saved.
@@ -320,7 +350,8 @@ class Trainer:
                 return
             asked = max(distributed.gather_objects(asked))
         if asked:
-            self.save("last.pt")
+            if self.saved != (self.step, self.evaluated):
+                self.save("last.pt")
             raise RunStopped(
                 f"stopped by {signal.Signals(asked).name} after iteration {self.step} with its state saved; "
                 "the same command with --resume continues",
@@ -351,6 +382,7 @@ class Trainer:
             "window": self.window.state_dict(),
             "best": self.best,
             "since_best": self.since_best,
+            "evaluated": self.evaluated,
             "config": self.plain_config,
             "categories": list(self.train_data.categories),
             "category_ids": [int(i) for i in self.train_data.category_ids],
@@ -371,17 +403,21 @@ class Trainer:
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.window.load_state_dict(state["window"])
-        self.step, self.best = int(state["step"]), state["best"]
+        self.step = int(state["step"])
         self.since_best = int(state.get("since_best", 0))
         self.position = int(state.get("position", self.step))
+        # An earlier drcnn saved last.pt after the evaluations, but for that of the last iteration.
+        self.evaluated = int(state.get("evaluated", self.step if self.step < iterations else 0))
+        self.saved = (self.step, self.evaluated)
+        self.best, notes = matching_best(self.run, state)
+        self.notes += notes
 
     def was_before(self, record: dict[str, Any]) -> bool:
-        """Tells whether a record of metrics.jsonl stays on resume; the evaluation at the end is redone."""
-        if record.get("split") == "test":  # evaluated at the end alone
-            return False
-        if "split" in record and self.step == self.config.optim.iterations:
-            return record["step"] < self.step
-        return record["step"] <= self.step
+        """Tells whether a record of metrics.jsonl stays on resume; that of the test split is made again."""
+        if record.get("split") == "val":
+            return record["step"] <= self.evaluated
+        # The window holds the iterations since the last record.
+        return "split" not in record and record["step"] <= self.step - self.window.count
 
 
 def due(every: int, step: int) -> bool:
