@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Callable
 
-from drcnn.errors import DrcnnError
+from drcnn.errors import DrcnnError, RankStopped
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -39,7 +39,8 @@ def command(function: Callable[[list[str]], int]) -> Callable[[list[str] | None]
         try:
             return function(list(sys.argv[1:] if argv is None else argv))
         except DrcnnError as error:
-            print(f"error: {one_line(error)}", file=sys.stderr)
+            if not isinstance(error, RankStopped):
+                print(f"error: {one_line(error)}", file=sys.stderr)
             return USER_ERROR
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)

@@ -19,3 +19,7 @@ class WeightsError(DrcnnError):
 
 class TrainingError(DrcnnError):
     """A training run that cannot go on, such as one whose loss is no longer finite."""
+
+
+class RankStopped(DrcnnError):
+    """A rank that stops because of another one, which says why; without a text of its own."""

@@ -76,7 +76,7 @@ def main(argv: list[str]) -> int:
     device = distributed.rank_device(config.train.device)
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
-    with distributed.process_group(device):
+    with distributed.process_group(device, config.train.rank_timeout):
         dataset = open_split(config, arguments.split, state, file)
         predictor = restore(state, config, str(file), device=device)
         say(f"{file}: step {state['step']}, {arguments.split} split of {len(dataset)} images")

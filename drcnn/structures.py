@@ -19,20 +19,25 @@ class ImageBatch(NamedTuple):
         sizes (Tensor[B, 2]): int64 height and width of each image without its padding.
         parts (int): images that the area of a usual one is shared by, which share its samples too; more than
             1 in collages along the batch dimension.
+        keys (Tensor[B] | None): int64, not negative; what training draws at random for an image follows from
+            its key, whatever batch or rank it is in. None draws from the device's default generator.
     """
 
     tensor: Tensor
     sizes: Tensor
     parts: int = 1
+    keys: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "ImageBatch":
         """Copies the batch to ``device``; asynchronous when the source is pinned memory."""
         tensor, sizes = (t.to(device, non_blocking=True) for t in self[:2])
-        return ImageBatch(tensor, sizes, self.parts)
+        keys = None if self.keys is None else self.keys.to(device, non_blocking=True)
+        return ImageBatch(tensor, sizes, self.parts, keys)
 
     def pin_memory(self) -> "ImageBatch":
         """Copies the batch to page-locked memory."""
-        return ImageBatch(self.tensor.pin_memory(), self.sizes.pin_memory(), self.parts)
+        keys = None if self.keys is None else self.keys.pin_memory()
+        return ImageBatch(self.tensor.pin_memory(), self.sizes.pin_memory(), self.parts, keys)
 
 
 class Targets(NamedTuple):

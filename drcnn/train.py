@@ -71,7 +71,8 @@ def main(argv: list[str]) -> int:
         config, share = with_earlier_batch(config, run), 0
     else:
         share = find_share(config)
-    with distributed.process_group(distributed.rank_device(config.train.device)):
+    device = distributed.rank_device(config.train.device)
+    with distributed.process_group(device, config.train.rank_timeout):
         config, said = with_share(config, share) if share else (config, [])
         prepare_run_folder(run, config, resume=arguments.resume, overwrite=arguments.overwrite)
         spoken = shlex.join(["drcnn", "train", *argv])

@@ -76,8 +76,11 @@ class Stitcher:
                 own.draw(masks, shape[1], *cell)
             targets = targets._replace(masks=masks.unflatten(0, targets.valid.shape))
         canvases = torch.cat([self._canvases(group, height, width, device) for group in groups])
+        keys = None if batches[0].images.keys is None else torch.cat([b.images.keys for b in batches])
+        if keys is not None:
+            keys = send(keys[: len(canvases)])  # a canvas of several images has the key of the first
         return Batch(
-            ImageBatch(canvases, send(torch.cat(sizes)), parts=1 if spatial else len(batches)),
+            ImageBatch(canvases, send(torch.cat(sizes)), 1 if spatial else len(batches), keys),
             targets,
             send(torch.cat([batch.indices for batch in batches])),
             send(torch.cat([batch.original_sizes for batch in batches])),

@@ -18,7 +18,7 @@ from drcnn.data.bitmasks import BitMasks, pack_masks, pad_masks
 from drcnn.data.coco import CocoDataset
 from drcnn.data.config import DataConfig
 from drcnn.data.padding import pad_images, pad_targets
-from drcnn.data.sampler import StreamSampler, augmentation_generator
+from drcnn.data.sampler import StreamSampler, augmentation_generator, sampling_key
 from drcnn.data.transforms import augment, resized_shape, scale_boxes
 from drcnn.data.views import eval_views, make_view, pad_view
 from drcnn.errors import ConfigError, DataError
@@ -86,6 +86,7 @@ class _Example(NamedTuple):
     original_size: tuple[int, int]
     more_views: list[Tensor]
     masks: Tensor | None
+    key: int | None
 
 
 class _Failure(NamedTuple):
@@ -111,19 +112,20 @@ class _Examples(Dataset):
         own = ~dataset.crowd(index)
         boxes, labels = dataset.boxes(index)[own], torch.from_numpy(dataset.labels(index)[own])
         more_views: list[Tensor] = []
-        masks = None
+        masks = own_key = None
         if self._seed is None:
             image, *more_views = (make_view(array, view) for view in eval_views(config))
             resized = scale_boxes(boxes, size, (image.shape[-2], image.shape[-1]))
         else:
             generator = augmentation_generator(self._seed, key.step, key.slot)
+            own_key = sampling_key(self._seed, key.step, key.slot)
             segmentations = None
             if dataset.packed_segmentations is not None:
                 segmentations = [s for s, keep in zip(dataset.segmentations(index), own, strict=True) if keep]
             image, resized, drawn, kept = augment(array, boxes, config, generator, segmentations)
             labels = labels[torch.from_numpy(kept)]
             masks = None if drawn is None else pack_masks(drawn)
-        return _Example(image, resized, labels, index, size, more_views, masks)
+        return _Example(image, resized, labels, index, size, more_views, masks, own_key)
 
 
 class _Collate:
@@ -153,7 +155,8 @@ class _Collate:
         """One batch for each view."""
         config = self._config
         if self._train:
-            return [pad_images([e.image for e in examples], config, train=True)]
+            keys = torch.tensor([e.key for e in examples], dtype=torch.int64)
+            return [pad_images([e.image for e in examples], config, train=True)._replace(keys=keys)]
         shown = zip(*((e.image, *e.more_views) for e in examples), strict=True)
         return [pad_view(own, view, config) for own, view in zip(shown, eval_views(config), strict=True)]
 
@@ -243,12 +246,12 @@ def eval_loader(
     """Batches that hold every image once, the last one being shorter.
 
     The images come by the size they are resized to, so that little is padded; ``Batch.indices`` says
-    which they are. Of several processes each gets every ``world_size``-th image of that order.
+    which they are. Of several processes each gets every ``world_size``-th of the same batches.
 
     Args:
         dataset (CocoDataset): images to evaluate on.
         config (DataConfig): sizes and padding of evaluation.
-        batch_size (int): images per batch and process.
+        batch_size (int): images per batch.
         rank (int): which process this is.
         world_size (int): number of processes.
 
@@ -261,10 +264,10 @@ def eval_loader(
         for h, w in zip(dataset.heights, dataset.widths, strict=True)
     ]
     heights, widths = np.array(shapes).T
-    order = np.lexsort((heights, widths))[rank::world_size].tolist()
+    order = np.lexsort((heights, widths)).tolist()
     keys = [
         [_Key(0, slot, index) for slot, index in enumerate(order[start : start + batch_size])]
-        for start in range(0, len(order), batch_size)
+        for start in range(rank * batch_size, len(order), world_size * batch_size)
     ]
     return _batches(_Examples(dataset, config, None), keys, config, train=False)
 

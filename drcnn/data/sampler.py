@@ -9,7 +9,7 @@ import functools
 
 import numpy as np
 
-_EPOCH, _WINDOW, _AUGMENT = range(3)  # keeps the three kinds of random streams apart
+_EPOCH, _WINDOW, _AUGMENT, _SAMPLE = range(4)  # keeps the kinds of random streams apart
 _WINDOW_BATCHES = 32
 
 
@@ -77,3 +77,18 @@ def augmentation_generator(seed: int, step: int, slot: int) -> np.random.Generat
         np.random.Generator: a fresh generator.
     """
     return np.random.default_rng([seed, _AUGMENT, step, slot])
+
+
+def sampling_key(seed: int, step: int, slot: int) -> int:
+    """The key of what the detector draws at random for one training image: a pure function of its place.
+
+    Args:
+        seed (int): seed of the run.
+        step (int): training step, from 0.
+        slot (int): place in the global batch, so that it does not depend on the number of processes.
+
+    Returns:
+        int: at least 0 and below 2 ** 63.
+    """
+    sequence = np.random.SeedSequence([seed, _SAMPLE, step, slot])
+    return int(sequence.generate_state(1, np.uint64)[0] >> 1)

@@ -6,6 +6,7 @@ from drcnn.dynamics.assignment import (
     OptimalTransportAssignment,
     OptimalTransportConfig,
 )
+from drcnn.dynamics.hashing import uniform
 from drcnn.dynamics.proposals import (
     DynamicProposals,
     DynamicProposalsConfig,
@@ -53,4 +54,5 @@ __all__ = [
     "mean_over_ranks",
     "regression_error",
     "sum_over_ranks",
+    "uniform",
 ]

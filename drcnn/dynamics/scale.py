@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from drcnn.dynamics.hashing import random_bit
 from drcnn.dynamics.ranks import sum_over_ranks
 from drcnn.errors import ConfigError
 from drcnn.structures import Targets
@@ -231,27 +232,6 @@ def matched_area(targets: Targets, gt_index: Tensor) -> Tensor:
         Tensor[B, N]: in square pixels; of no meaning for those without a match.
     """
     return F.pad(box_area(targets.boxes), (0, 1)).gather(1, gt_index.clamp(min=0))
-
-
-def random_bit(seed: int, counter: Tensor) -> Tensor:
-    """Draws a fair bit that depends on a seed and a counter alone, the same on every device.
-
-    Args:
-        seed: not negative.
-        counter (Tensor[]): int64, not negative.
-
-    Returns:
-        Tensor[]: bool.
-    """
-    value = _scramble(_scramble(torch.full_like(counter, seed % 2**32)) ^ counter)
-    return value % 2 == 1
-
-
-def _scramble(value: Tensor) -> Tensor:
-    """Hashes whole numbers below 2 ** 32 (the finalizer of T. Mueller's hash); no product overflows int64."""
-    for _ in range(2):
-        value = ((value >> 16) ^ value) * 0x45D9F3B % 2**32
-    return (value >> 16) ^ value
 
 
 def _shares(parts: Tensor) -> Tensor:

@@ -1,13 +1,13 @@
 """The state of a run in one file: written atomically with a checksum, plain types, no code when it is loaded.
 
 Keys: ``format`` (1), ``drcnn_version``, ``step`` (iterations done), ``position`` (batches of the stream that
-they took; ``step`` where it is absent), ``model``, ``ema`` (averaged weights by the names of ``model``, or
-None), ``optimizer``, ``scaler``, ``rng`` (the seed: data order, augmentation and sampling are pure functions
-of it, the position or the step, the slot and the rank, so no generator's state is needed), ``window`` (what
-was measured since the last line), ``best``, ``since_best`` (evaluations since then), ``evaluated`` (the step
-of the last evaluation on val that is recorded: one that is due at ``step`` and is not done comes first when
-the run continues), ``config`` (plain nested dictionaries), ``categories`` (names), ``category_ids`` (of the
-data).
+they took; ``step`` where it is absent), ``ranks`` (their number), ``model``, ``ema`` (averaged weights by the
+names of ``model``, or None), ``optimizer``, ``scaler``, ``rng`` (the seed: data order, augmentation and
+sampling are pure functions of it, the position or the step, the slot and the rank, so no generator's state is
+needed), ``window`` (what was measured since the last line), ``rank_sums`` (its sums on each rank), ``best``,
+``since_best`` (evaluations since then), ``evaluated`` (the step of the last evaluation on val that is
+recorded: one that is due at ``step`` and is not done comes first when the run continues), ``config`` (plain
+nested dictionaries), ``categories`` (names), ``category_ids`` (of the data).
 """
 
 import pickle

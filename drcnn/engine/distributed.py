@@ -6,12 +6,15 @@ Without torchrun every function answers as for a single rank.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
+from drcnn.engine.rank_watch import RankWatch
 from drcnn.errors import ConfigError
 
 
@@ -68,27 +71,50 @@ def rank_device(name: str) -> torch.device:
 
 
 @contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
-    """Joins the ranks that torchrun started for as long as the block runs; does nothing without torchrun."""
+def process_group(device: torch.device, minutes: float = 30.0) -> Iterator[None]:
+    """Joins the ranks that torchrun started for as long as the block runs; does nothing without torchrun.
+
+    The ranks end as one, see :mod:`drcnn.engine.rank_watch`.
+
+    Args:
+        device (torch.device): of this rank; nccl joins CUDA devices, gloo CPUs.
+        minutes (float): how long a rank waits for the others in one collective.
+
+    Raises:
+        RankStopped: if another rank failed or died, which has been said.
+    """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ or dist.is_initialized():
         yield
         return
-    if device.type == "cuda":
+    cuda, limit = device.type == "cuda", timedelta(minutes=minutes)
+    if cuda:
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
-    else:
-        dist.init_process_group("gloo")
-    try:
+    store, own_rank, ranks = next(rendezvous("env://"))
+    dist.init_process_group(
+        "nccl" if cuda else "gloo",
+        store=store,
+        rank=own_rank,
+        world_size=ranks,
+        timeout=limit,
+        device_id=device if cuda else None,
+    )
+    if ranks == 1:
         yield
-    finally:
-        dist.destroy_process_group()
+    else:
+        watch = RankWatch(store, limit)
+        try:
+            yield
+        except Exception as error:
+            raise watch.explain(error) from error
+        watch.leave()
+    dist.destroy_process_group()
 
 
 def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     """Wraps ``model`` for native data-parallel training when there is more than one rank.
 
-    Buffers are not broadcast at each step: the dynamics all-reduce their own state, and batch norm is frozen
-    or, if it is trained, local to its rank.
+    Buffers are not broadcast at each step: the dynamics all-reduce their own state, and batch norm is frozen,
+    synchronized (:func:`synchronize_batch_norm`) or local to its rank.
     """
     if world_size() == 1:
         return model
@@ -98,6 +124,38 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
         broadcast_buffers=False,
         gradient_as_bucket_view=True,
     )
+
+
+def synchronize_batch_norm(model: nn.Module, device: torch.device) -> None:
+    """Makes batch norm that is trained take its statistics over the images of all ranks; in place.
+
+    Frozen batch norm stays as it is. A single rank needs nothing.
+
+    Raises:
+        ConfigError: if there is none that is trained, or if the ranks are on CPUs, where torch cannot do it.
+    """
+    trained = [
+        (parent, name, part)
+        for parent in model.modules()
+        for name, part in parent.named_children()
+        if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.weight.requires_grad
+    ]
+    if not trained:
+        raise ConfigError(
+            "train.sync_bn has nothing to do: this model trains no batch norm; "
+            "leave it out, or set --model.backbone.norm bn"
+        )
+    if world_size() == 1:
+        return
+    if device.type != "cuda":
+        raise ConfigError(f"train.sync_bn needs ranks on GPUs, torch cannot do it on {device}; leave it out")
+    for parent, name, part in trained:
+        setattr(parent, name, nn.SyncBatchNorm.convert_sync_batchnorm(part))
+
+
+def share_of(sums: list[torch.Tensor]) -> torch.Tensor:
+    """Gives this rank its part of sums that each of some ranks had, so that their mean stays what it was."""
+    return sums[rank()] if len(sums) == world_size() else torch.stack(sums).mean(dim=0)
 
 
 def mean_over_ranks(values: dict[str, float], device: torch.device) -> dict[str, float]:
@@ -112,6 +170,37 @@ def mean_over_ranks(values: dict[str, float], device: torch.device) -> dict[str,
 def first_over_ranks(value: int | None) -> int | None:
     """Returns the least value of the ranks that have one, or None."""
     return min((v for v in gather_objects(value) if v is not None), default=None)
+
+
+def from_main(value: object) -> object:
+    """Gives every rank the ``value`` of the main one."""
+    if world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def gather_to_main(values: list, chunk: int = 256) -> Iterator[object]:
+    """Brings the values of all ranks to the main one, a few at a time, so that little is in memory twice.
+
+    Every rank has to iterate to the end.
+
+    Args:
+        values (list): those of this rank; the ranks may have different numbers of them.
+        chunk (int): values of each rank at a time.
+
+    Yields:
+        On the main rank the values of all, in no order to rely on; on the others nothing.
+    """
+    longest = max(gather_objects(len(values)))
+    for start in range(0, longest, chunk):
+        part = values[start : start + chunk]
+        parts = [part] * world_size() if is_main() else None
+        if world_size() > 1:
+            dist.gather_object(part, parts)
+        for share in parts or ():
+            yield from share
 
 
 def gather_objects(value: object) -> list:

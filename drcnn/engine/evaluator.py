@@ -1,7 +1,7 @@
 """Running a detector over a data set and scoring what it finds.
 
-Each rank takes its share of the images; the results are gathered on every rank and scored by
-:mod:`drcnn.engine.metrics`.
+The ranks share the batches of a data set, which are the same for any number of ranks. The main rank gathers
+the results and scores them by :mod:`drcnn.engine.metrics`.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from drcnn.data import CocoDataset, DataConfig, eval_loader
 from drcnn.engine.augmented import detect_views
-from drcnn.engine.distributed import gather_objects, rank, world_size
+from drcnn.engine.distributed import from_main, gather_to_main, is_main, rank, world_size
 from drcnn.engine.masks import masks_to_rle
 from drcnn.engine.metrics import Metrics, evaluate_results
 from drcnn.engine.voc_metrics import with_voc_ap
@@ -110,20 +110,21 @@ def evaluate(
     amp: Literal["off", "bf16", "fp16"] = "off",
     progress: Progress | None = None,
 ) -> tuple[Metrics, list[dict]]:
-    """Runs a detector over a data set and scores it. Every rank gets the same answer.
+    """Runs a detector over a data set and scores it. Every rank gets the numbers that the main one computes.
 
     Args:
         model: detector; it is left in the mode (train or eval) in which it came.
         dataset: images with annotations.
         data_config: resize, padding and loader settings.
         device: where the model is.
-        batch_size: images per forward on each rank.
+        batch_size: images per forward on each rank; results follow from it, and not from the number of ranks.
         amp: autocast type of the forward.
         progress: told the images done and their total, on this rank.
 
     Returns:
-        The numbers and the COCO-format results of all images, in the order of the data set. If the detector
-        gives masks and the data set was read with masks, the numbers have those of the masks as ``segm``.
+        The numbers, and on the main rank the COCO-format results of all images in the order of the data set,
+        none on the others. If the detector gives masks and the data set was read with masks, the numbers have
+        those of the masks as ``segm``.
 
     Raises:
         DataError: the data set has no annotations to score against.
@@ -133,6 +134,11 @@ def evaluate(
     results = detect(
         model, dataset, data_config, device=device, batch_size=batch_size, amp=amp, progress=progress
     )
+    return from_main(score(dataset, results) if is_main() else None), results
+
+
+def score(dataset: CocoDataset, results: list[dict]) -> Metrics:
+    """Scores COCO-format results of a data set against its annotations; see :func:`evaluate`."""
     # What the data set was told to skip is not scored against either.
     ids = dataset.annotation_ids.tolist()
     content, images = dataset.source.content(), dataset.image_ids.tolist()
@@ -141,7 +147,7 @@ def evaluate(
         metrics = with_voc_ap(metrics, dataset, results)
     if dataset.packed_segmentations is not None and all("segmentation" in record for record in results):
         metrics = replace(metrics, segm=evaluate_results(content, results, images, "segm", ids))
-    return metrics, results
+    return metrics
 
 
 @torch.no_grad()
@@ -155,10 +161,11 @@ def detect(
     amp: Literal["off", "bf16", "fp16"] = "off",
     progress: Progress | None = None,
 ) -> list[dict]:
-    """Runs a detector over a data set, shared among the ranks; see :func:`evaluate`."""
+    """Runs a detector over a data set; :func:`evaluate` without the scores."""
     device = torch.device(device)
     loader = eval_loader(dataset, data_config, batch_size=batch_size, rank=rank(), world_size=world_size())
-    total = len(range(rank(), len(dataset), world_size()))
+    starts = range(rank() * batch_size, len(dataset), world_size() * batch_size)
+    total = sum(min(batch_size, len(dataset) - start) for start in starts)
     dtype = AMP_TYPES[amp]
     by_image: dict[int, list[dict]] = {}
     was_training = model.training
@@ -180,6 +187,5 @@ def detect(
                 progress(min(len(by_image), total), total)
     finally:
         model.train(was_training)
-    # An image that two ranks were given to even out their shares must count once: they are keyed by image.
-    by_image = {image: found for share in gather_objects(by_image) for image, found in share.items()}
+    by_image = dict(gather_to_main(list(by_image.items())))
     return [record for i in dataset.image_ids for record in by_image.get(int(i), [])]

@@ -22,6 +22,10 @@ class TrainConfig:
     """Device: auto (CUDA where there is one), cpu, cuda or cuda:N."""
     threads: int | None = None
     """CPU threads of torch; None leaves torch's choice."""
+    sync_bn: bool = False
+    """Batch norm that is trained takes its statistics over all ranks, on GPUs."""
+    rank_timeout: float = 30.0
+    """Minutes that a rank waits for the others before the run ends; more than a scoring of val takes."""
     log_every: int = 20
     """Iterations between log lines; losses are means over them."""
     checkpoint_every: int = 5000
@@ -44,15 +48,19 @@ class TrainConfig:
     """Where records go besides metrics.jsonl; each needs the extra of its name."""
     stall_seconds: float = 300.0
     """After waiting so long for one batch, iteration or evaluated batch the run says so; 0 for never."""
+    eval_batch_size: int = 4
+    """Images per forward of these evaluations on each rank; results follow from it, not from the ranks."""
     pictures: int = 8
     """Number of pictures of predictions drawn at the end."""
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
         least = {"seed": 0, "log_every": 1, "checkpoint_every": 0, "keep_last": 1, "eval_every": 0}
-        for name, value in (least | {"patience": 0, "stall_seconds": 0}).items():
+        for name, value in (least | {"eval_batch_size": 1, "patience": 0, "stall_seconds": 0}).items():
             if not getattr(self, name) >= value:
                 raise ConfigError(f"train.{name} must be at least {value}, got {getattr(self, name)}")
+        if not 0 < self.rank_timeout <= 60 * 24 * 365:
+            raise ConfigError(f"train.rank_timeout must be positive minutes, got {self.rank_timeout}")
         if self.patience and not self.eval_every:
             raise ConfigError("train.patience counts evaluations; set train.eval_every too")
         if self.threads is not None and self.threads < 1:

@@ -17,19 +17,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from drcnn import __version__
 from drcnn.data import Batch, CocoDataset, Stitcher, split_batch, train_loader
 from drcnn.engine import distributed
 from drcnn.engine.batch_size import check_batch_size
-from drcnn.engine.checkpoint import (
-    FORMAT,
-    changed_settings,
-    keep_steps,
-    load_checkpoint,
-    matching_best,
-    newest_intact,
-    save_checkpoint,
-)
+from drcnn.engine.checkpoint import keep_steps, load_checkpoint, newest_intact, save_checkpoint
 from drcnn.engine.compiled import compile_training
 from drcnn.engine.determinism import COST, deterministic, iteration_seed
 from drcnn.engine.early_read import EarlyRead
@@ -37,10 +28,11 @@ from drcnn.engine.ema import AveragedWeights, evaluated_weights
 from drcnn.engine.evaluator import AMP_TYPES, Metrics, evaluate
 from drcnn.engine.finish import write_results
 from drcnn.engine.loggers import open_loggers
-from drcnn.engine.optim import build_optimizer, clip_gradients, load_optimizer, lr_at, set_lr
+from drcnn.engine.optim import build_optimizer, clip_gradients, lr_at, set_lr
 from drcnn.engine.profiling import StepProfiler
 from drcnn.engine.run_config import TrainConfig
 from drcnn.engine.run_log import RunLog
+from drcnn.engine.run_state import collect_state, restore_state
 from drcnn.engine.signals import RunStopped, StopRequest
 from drcnn.engine.splits import open_splits
 from drcnn.engine.start import load_initial_weights
@@ -90,6 +82,8 @@ class Trainer:
         torch.manual_seed(config.train.seed)  # the same initial weights on every rank
         self.layout = torch.channels_last if config.train.channels_last else torch.preserve_format
         self.model = build_model(config).to(self.device, memory_format=self.layout)
+        if config.train.sync_bn:
+            distributed.synchronize_batch_norm(self.model, self.device)
         self.optimizer = build_optimizer(config.optim, self.model, config.data.batch_size, scaled=fp16)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         self.window = LossWindow(self.device)
@@ -107,7 +101,7 @@ class Trainer:
         if newest is not None:
             passed = [f"passed over: {line}" for line in newest.passed_over]
             self.notes += [*passed, *([f"continued from {newest.path}"] * bool(passed))]
-            self.load_state(newest.state)
+            restore_state(self, newest.state)
         self.stitch = Stitcher(config.model.scale, config.model.pixel_mean, config.data.pad_multiple)
         self.is_collage = EarlyRead(self.device)
         self.is_collage.send(self.model.scale.collage)
@@ -260,9 +254,10 @@ class Trainer:
                 f"a weight is not finite after iteration {self.step}, so no checkpoint was written; "
                 "lower --optim.lr"
             )
+        windows = distributed.gather_objects(self.window.sums.cpu())
         if distributed.is_main():
             self.log.sync()  # no record may be missing that the checkpoint comes after
-            folder, state = self.run / "checkpoints", self.state()
+            folder, state = self.run / "checkpoints", collect_state(self) | {"rank_sums": windows}
             for name in names:
                 save_checkpoint(folder / name, state)
             keep_steps(folder, state, self.config.train.keep_last)
@@ -308,7 +303,7 @@ class Trainer:
             dataset,
             self.config.data,
             device=self.device,
-            batch_size=self.config.data.batch_size // (self.world_size * self.config.optim.accumulate),
+            batch_size=self.config.train.eval_batch_size,
             amp=self.config.train.amp,
             progress=progress,
         )
@@ -366,51 +361,6 @@ class Trainer:
         lines += [*self.notes, *([COST] * self.config.train.deterministic)]
         lines += [f"resumed after iteration {self.step}"] if self.step else []
         return lines + [f"changed, so the continuation is not bit-exact: {c}" for c in self.changes]
-
-    def state(self) -> dict[str, Any]:
-        """Returns everything that a resumed run needs; see :mod:`drcnn.engine.checkpoint` for the keys."""
-        return {
-            "format": FORMAT,
-            "drcnn_version": __version__,
-            "step": self.step,
-            "position": self.position,
-            "model": self.model.state_dict(),
-            "ema": None if self.averaged is None else self.averaged.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "rng": {"seed": self.config.train.seed},
-            "window": self.window.state_dict(),
-            "best": self.best,
-            "since_best": self.since_best,
-            "evaluated": self.evaluated,
-            "config": self.plain_config,
-            "categories": list(self.train_data.categories),
-            "category_ids": [int(i) for i in self.train_data.category_ids],
-        }
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Continues from a checkpoint.
-
-        Raises:
-            ConfigError: if it is of another model, of other classes or of a later iteration.
-        """
-        iterations = self.config.optim.iterations
-        self.changes = changed_settings(state, self.plain_config, self.train_data.categories, iterations)
-        self.model.load_state_dict(state["model"])
-        if self.averaged is not None:
-            self.averaged.restore(state["ema"], int(state["step"]), self.model)
-        load_optimizer(self.optimizer, state["optimizer"])
-        if state["scaler"]:
-            self.scaler.load_state_dict(state["scaler"])
-        self.window.load_state_dict(state["window"])
-        self.step = int(state["step"])
-        self.since_best = int(state.get("since_best", 0))
-        self.position = int(state.get("position", self.step))
-        # An earlier drcnn saved last.pt after the evaluations, but for that of the last iteration.
-        self.evaluated = int(state.get("evaluated", self.step if self.step < iterations else 0))
-        self.saved = (self.step, self.evaluated)
-        self.best, notes = matching_best(self.run, state)
-        self.notes += notes
 
     def was_before(self, record: dict[str, Any]) -> bool:
         """Tells whether a record of metrics.jsonl stays on resume; that of the test split is made again."""

@@ -193,7 +193,7 @@ class CascadeHead(nn.Module):
             features = [feature.detach() + share * (feature - feature.detach()) for feature in features]
         losses, drawn = {}, []
         for index, (stage, policy) in enumerate(zip(self.stages, training.stages, strict=True)):
-            samples = stage.sample(proposals, valid, images, targets, policy)
+            samples = stage.sample(proposals, valid, images, targets, policy, draw=1 + index)
             weight = self.config.loss_weights[index]
             found, deltas = stage.sampled_losses(features, samples, policy, scale, weight)
             losses |= {f"{name}_{index}": value for name, value in found.items()}

@@ -177,22 +177,23 @@ class FCOSHead(nn.Module):
             positive = labels < self.num_classes
             area = box_area(wanted)
             central = torch.where(positive, centerness_of(points, wanted), 0.0)
-            count, weight = mean_over_ranks(torch.stack([positive.sum(), central.sum()])).unbind()
+            count = mean_over_ranks(positive.sum().float(), least=1)
+            weight = mean_over_ranks(central.sum(), least=1e-6)
         predicted = boxes_around(points, distances)
         center = F.binary_cross_entropy_with_logits(centerness, central, reduction="none")
 
         def class_loss(chosen: Tensor | None) -> Tensor:
-            return focal_loss(logits, labels, chosen, config.alpha, config.gamma) / count.clamp(min=1)
+            return focal_loss(logits, labels, chosen, config.alpha, config.gamma) / count
 
         def box_loss(chosen: Tensor) -> Tensor:
             weights = torch.where(chosen, central, 0.0)
-            return overlap_loss(predicted, wanted, weights, config.box_loss) / weight.clamp(min=1e-6)
+            return overlap_loss(predicted, wanted, weights, config.box_loss) / weight
 
         scale.record(area, positive, regression=box_loss, classification=class_loss)
         return {
             "loss_classification": class_loss(None),
             "loss_box": box_loss(positive),
-            "loss_centerness": torch.where(positive, center, 0.0).sum() / count.clamp(min=1),
+            "loss_centerness": torch.where(positive, center, 0.0).sum() / count,
         }
 
     def assign(self, levels: Sequence[Tensor], targets: Targets) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import torchvision  # noqa: F401 (registers torch.ops.torchvision)
 from torch import Tensor, nn
 
+from drcnn.dynamics import mean_over_ranks
 from drcnn.models.boxes import up_to_last_pixel
 from drcnn.models.roi_heads import Samples
 from drcnn.ops import roi_align
@@ -101,7 +102,8 @@ class MaskHead(nn.Module):
             masks (Tensor[B, G, H, W]): bool masks of the ground truths.
 
         Returns:
-            dict: ``loss_mask``, the mean over all cells of all positives of the batch; 0 without positives.
+            dict: ``loss_mask``, the mean over all cells of all positives, whose number is averaged over the
+            ranks; 0 without positives.
         """
         positive = samples.labels < self.num_classes
         labels = torch.where(positive, samples.labels, 0)
@@ -109,7 +111,8 @@ class MaskHead(nn.Module):
         with torch.no_grad():
             wanted = mask_targets(masks, samples.boxes, samples.gt_index, positive, logits.shape[-1])
         loss = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none").mean(dim=(2, 3))
-        total = torch.where(positive, loss, 0.0).sum() / positive.sum().clamp(min=1)
+        count = mean_over_ranks(positive.sum().float(), least=1)
+        total = torch.where(positive, loss, 0.0).sum() / count
         return {"loss_mask": self.config.loss_weight * total}
 
     def predict(self, features: Sequence[Tensor], boxes: Tensor, labels: Tensor) -> Tensor:

@@ -167,7 +167,7 @@ class RetinaNetHead(nn.Module):
             anchors = torch.cat(self.anchors(features)).expand(len(logits), -1, -1)
             labels, wanted, counted, gt_index = self.assign(anchors, targets)
             positive = labels < self.num_classes
-            count = mean_over_ranks(positive.sum().float()).clamp(min=1)
+            count = mean_over_ranks(positive.sum().float(), least=1)
 
         def class_loss(chosen: Tensor) -> Tensor:
             return focal_loss(logits, labels, chosen, config.alpha, config.gamma) / count

@@ -20,6 +20,7 @@ from drcnn.dynamics import (
     FixedTrainingConfig,
     ScaleTraining,
     matched_area,
+    mean_over_ranks,
     regression_error,
 )
 from drcnn.models.boxes import clip_boxes, decode_deltas, has_size, up_to_last_pixel
@@ -211,9 +212,9 @@ class BoxHead(nn.Module):
         Returns:
             tuple[dict, Tensor[B, S, K or 1, 4]]: ``loss_classification`` (mean over the sampled proposals)
             and ``loss_box`` (sum over the positives' four deltas, divided by the number of sampled
-            proposals); the predicted deltas.
+            proposals), that number averaged over the ranks; the predicted deltas.
         """
-        count = samples.valid.sum().clamp(min=1)
+        count = mean_over_ranks(samples.valid.sum().float(), least=1)
         logits, predicted = self(features, samples.boxes)
         classification = F.cross_entropy(logits.flatten(0, 1), samples.labels.flatten(), reduction="none")
         classification = classification.view_as(samples.labels)
@@ -244,15 +245,17 @@ class BoxHead(nn.Module):
         images: ImageBatch,
         targets: Targets,
         training: FixedTraining | DynamicTraining,
+        draw: int = 1,
     ) -> Samples:
         """Labels the proposals, lets the policy record them, and draws those of the loss.
 
         Args:
             proposals (Tensor[B, P, 4]): xyxy in pixels.
             valid (Tensor[B, P]): bool.
-            images: the batch, for the number of its parts.
+            images: the batch, for the number of its parts and the keys of its images.
             targets: ground truths.
             training: the policy.
+            draw: tells several draws for the same images apart; the RPN's is 0.
 
         Returns:
             Samples: a fixed number of slots per image.
@@ -277,7 +280,7 @@ class BoxHead(nn.Module):
         positive = (labels < self.num_classes) & valid
         slots = config.samples // images.parts
         most = int(slots * config.positive_fraction)
-        index, drawn = sample_slots(positive, valid & ~positive, slots, most)
+        index, drawn = sample_slots(positive, valid & ~positive, slots, most, images.keys, draw)
         sampled = torch.zeros_like(valid).scatter(1, index, drawn)
         training.record(
             Assignment(

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from drcnn.dynamics import mean_over_ranks
 from drcnn.models.anchors import AnchorConfig, grid_anchors
 from drcnn.models.boxes import clip_boxes, decode_deltas, has_size, inside_images
 from drcnn.models.samplers import sample_slots
@@ -102,7 +103,8 @@ class RPN(nn.Module):
 
         Returns:
             tuple[Tensor[B, P, 4], Tensor[B, P], dict]: proposals by falling score, xyxy in pixels without
-            gradient; their validity; ``loss_rpn_objectness`` and ``loss_rpn_box`` if there are targets.
+            gradient; their validity; ``loss_rpn_objectness`` and ``loss_rpn_box`` if there are targets, both
+            divided by the number of sampled anchors, averaged over the ranks.
         """
         logits, deltas, anchors = self._predict(features)
         with torch.no_grad():
@@ -169,7 +171,7 @@ class RPN(nn.Module):
             anchors = anchors.expand(len(logits), -1, -1)
             match, positive, negative = self._match(anchors, images.sizes, targets)
             most = int(samples * config.positive_fraction)
-            index, valid = sample_slots(positive, negative, samples, most)
+            index, valid = sample_slots(positive, negative, samples, most, images.keys)
             is_object = positive.gather(1, index) & valid
             rows = index.unsqueeze(-1).expand(-1, -1, 4)
             _, wanted = assign_targets(
@@ -182,7 +184,7 @@ class RPN(nn.Module):
                 DELTA_WEIGHTS,
                 background=0,
             )
-            count = valid.sum().clamp(min=1)
+            count = mean_over_ranks(valid.sum().float(), least=1)
         logit = logits.gather(1, index)
         objectness = F.binary_cross_entropy_with_logits(logit, is_object.to(logit.dtype), reduction="none")
         box = smooth_l1(deltas.gather(1, rows), wanted, config.beta, is_object)

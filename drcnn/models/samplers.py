@@ -3,25 +3,39 @@
 import torch
 from torch import Tensor
 
+from drcnn.dynamics import uniform
 
-def sample_slots(positive: Tensor, negative: Tensor, slots: int, max_positive: int) -> tuple[Tensor, Tensor]:
+
+def sample_slots(
+    positive: Tensor,
+    negative: Tensor,
+    slots: int,
+    max_positive: int,
+    keys: Tensor | None = None,
+    draw: int = 0,
+) -> tuple[Tensor, Tensor]:
     """Draws up to ``max_positive`` positives and fills the other slots with negatives.
 
     The positives come first, so that what only they need can be computed on the first
-    ``max_positive`` slots. Draws are uniform without replacement from the device's default generator.
+    ``max_positive`` slots. Draws are uniform without replacement.
 
     Args:
         positive (Tensor[B, N]): bool.
         negative (Tensor[B, N]): bool, disjoint from ``positive``.
         slots: slots per image.
         max_positive: most positives per image.
+        keys (Tensor[B], optional): int64, not negative; the draws of an image follow from its key. Default:
+            keys drawn from the device's default generator.
+        draw: tells several draws with the same keys apart.
 
     Returns:
         tuple[Tensor[B, S], Tensor[B, S]]: int64 positions and bool validity; S = min(slots, N).
     """
     slots = min(slots, positive.shape[1])
     max_positive = min(max_positive, slots)
-    priority = torch.rand(positive.shape, device=positive.device)
+    if keys is None:
+        keys = torch.randint(2**62, positive.shape[:1], device=positive.device)
+    priority = uniform(keys, positive.shape[1], draw)
     none = priority.new_full((), -1.0)
     drawn, position = torch.where(positive, priority, none).topk(max_positive, dim=1)
     order = torch.where(negative, priority, none)

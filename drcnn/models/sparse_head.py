@@ -264,7 +264,7 @@ class SparseHead(nn.Module):
             for stage, out in enumerate(outputs)
         ]
         positives = torch.stack([(gt_index >= 0).sum() for gt_index in matches])
-        counts = mean_over_ranks(positives.float()).clamp(min=1)
+        counts = mean_over_ranks(positives.float(), least=1)
         losses = {}
         for stage, (output, gt_index) in enumerate(zip(outputs, matches, strict=True)):
             found = self._stage_losses(output, gt_index, counts[stage], images.sizes, targets, scale)

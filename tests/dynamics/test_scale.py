@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from drcnn.dynamics import ScaleTraining, ScaleTrainingConfig, box_area, matched_area
-from drcnn.dynamics.scale import random_bit
+from drcnn.dynamics.hashing import random_bit
 from drcnn.errors import ConfigError
 from drcnn.structures import Targets
 

@@ -203,8 +203,8 @@ def test_each_stage_trains_on_the_boxes_that_the_one_before_refined(monkeypatch)
 
 
 def spy(sample, seen: list):
-    def recorded(proposals: Tensor, valid: Tensor, images: ImageBatch, targets: Targets, policy):
-        samples = sample(proposals, valid, images, targets, policy)
+    def recorded(proposals: Tensor, valid: Tensor, images: ImageBatch, targets: Targets, policy, draw):
+        samples = sample(proposals, valid, images, targets, policy, draw)
         seen.append((proposals, valid, policy, samples))
         return samples
 
