@@ -18,6 +18,7 @@ from drcnn.arguments import parse
 from drcnn.command import command
 from drcnn.config import Config, load_config, print_field_help, to_dict
 from drcnn.engine import distributed
+from drcnn.engine.batch_size import find_share, with_earlier_batch, with_share
 from drcnn.engine.optim import describe_lr, describe_schedule
 from drcnn.engine.signals import RunStopped
 from drcnn.engine.summary import build_model, describe_backends, describe_model
@@ -30,8 +31,8 @@ PROGRAM = "drcnn train"
 DESCRIPTION = (
     "usage: drcnn train CONFIG [flags]. Trains the detector that CONFIG, a file in configs/, describes."
 )
-OWN_FILES = ("config.json", "metrics.jsonl", "log.txt", "metrics_val.json", "metrics_test.json")
-OWN_FOLDERS = ("checkpoints", "predictions")
+OWN_FILES = ("config.json", "metrics.jsonl", "log.txt", "metrics_val.json", "metrics_test.json", "trace.json")
+OWN_FOLDERS = ("checkpoints", "predictions", "tensorboard", "wandb")
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class TrainArguments:
     """Continue the run in the run folder from its checkpoints/last.pt, or from the newest that is whole."""
     overwrite: bool = False
     """Start anew in a run folder that holds checkpoints, and delete what the earlier run wrote."""
+    profile: int = 0
+    """Trace so many iterations, after the first few, to trace.json in the run folder."""
     dry_run: bool = False
     """Print the resolved config, the parameter count, the schedule and one forward's shapes; read no data."""
 
@@ -64,10 +67,16 @@ def main(argv: list[str]) -> int:
     if arguments.resume and arguments.overwrite:
         raise ConfigError("--resume continues a run and --overwrite deletes it; pass one of them")
     run = Path(arguments.out) if arguments.out else Path("runs") / path.stem
+    if arguments.resume and config.train.auto_batch:
+        config, share = with_earlier_batch(config, run), 0
+    else:
+        share = find_share(config)
     with distributed.process_group(distributed.rank_device(config.train.device)):
+        config, said = with_share(config, share) if share else (config, [])
         prepare_run_folder(run, config, resume=arguments.resume, overwrite=arguments.overwrite)
         spoken = shlex.join(["drcnn", "train", *argv])
-        trainer = Trainer(config, to_dict(config), run, resume=arguments.resume, command=spoken)
+        settings = {"resume": arguments.resume, "command": spoken, "profile": arguments.profile}
+        trainer = Trainer(config, to_dict(config), run, **settings, notes=said)
         try:
             trainer.fit()
         except RunStopped as stopped:

@@ -31,6 +31,7 @@ def write_results(
             record = {"split": split, "step": step, **metrics.to_dict()}
             with replacing(log.run / f"metrics_{split}.json") as file:
                 file.write(json.dumps(record, indent=1).encode() + b"\n")
+    log.watchdog.waits_for("the pictures of predictions")
     pictures = log.config.train.pictures
     if distributed.is_main() and pictures:
         folder = log.run / "predictions"
