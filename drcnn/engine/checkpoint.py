@@ -12,6 +12,7 @@ nested dictionaries), ``categories`` (names), ``category_ids`` (of the data).
 
 import pickle
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,21 +65,25 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> None:
         writer.finish()
 
 
-def keep_steps(folder: Path, state: dict[str, Any], keep: int) -> None:
-    """Writes ``step_XXXXXXXX.pt`` beside ``last.pt`` if ``keep`` is more than 1; the newest ``keep`` stay.
+def save_run(run: Path, names: Iterable[str], state: dict[str, Any], keep_last: int = 1) -> None:
+    """Writes the state of a run under each name, one after the other, into its folder of checkpoints.
 
-    It is a file of its own, so that damage to one does not reach the other. A file of a later step than
-    that of ``state`` is from a course that the run went back on, and goes.
+    With ``keep_last`` more than 1 also as ``step_XXXXXXXX.pt``; the newest so many of them stay. It is a file
+    of its own, so that damage to one does not reach the other. One of a later step than that of ``state`` is
+    from a course that the run went back on, and goes.
 
     Raises:
         TrainingError: if a file cannot be written or removed.
     """
-    if keep > 1:
+    folder = run / "checkpoints"
+    for name in names:
+        save_checkpoint(folder / name, state)
+    if keep_last > 1:
         own = folder / f"step_{state['step']:08d}.pt"
         save_checkpoint(own, state)
         files = _step_files(folder)
         newest = files.index(own)
-        for path in files[:newest] + files[newest + keep :]:
+        for path in files[:newest] + files[newest + keep_last :]:
             with changing(path):
                 path.unlink()
 
@@ -119,12 +124,12 @@ class Newest(NamedTuple):
     Attributes:
         path: the file.
         state: what it holds.
-        passed_over: why newer files were not taken, a line each.
+        notes: lines for the log, of files that were passed over and why, and of the one taken instead.
     """
 
     path: Path
     state: dict[str, Any]
-    passed_over: list[str]
+    notes: list[str]
 
 
 def newest_intact(run: str | Path) -> Newest:
@@ -147,7 +152,8 @@ def newest_intact(run: str | Path) -> Newest:
             path, found = folder / "best.pt", best
     if found is None:
         raise WeightsError(f"{run} cannot be continued: {'; '.join(passed_over)}")
-    return Newest(path, found, passed_over)
+    notes = [f"passed over: {line}" for line in passed_over]
+    return Newest(path, found, notes + [f"continued from {path}"] * bool(notes))
 
 
 def matching_best(run: Path, state: dict[str, Any]) -> tuple[dict[str, Any] | None, list[str]]:

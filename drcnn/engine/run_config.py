@@ -65,3 +65,8 @@ class TrainConfig:
             raise ConfigError("train.patience counts evaluations; set train.eval_every too")
         if self.threads is not None and self.threads < 1:
             raise ConfigError(f"train.threads must be at least 1 or None, got {self.threads}")
+
+
+def due(every: int, step: int) -> bool:
+    """Tells whether an event that comes every so many iterations, 0 for never, comes after ``step``."""
+    return every > 0 and step % every == 0

@@ -12,12 +12,23 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class RunStopped(Exception):
-    """A run that was asked to stop and has saved its state; ``exit_code`` is 128 + the signal's number."""
+    """A run that was asked to stop and has saved its state.
 
-    def __init__(self, message: str, exit_code: int) -> None:
-        """Takes the one-line message and the exit code of the verb."""
-        super().__init__(message)
-        self.exit_code = exit_code
+    Args:
+        number: of the signal that asked.
+        step: last iteration that was done.
+
+    Attributes:
+        exit_code (int): of the verb: 128 + the number.
+    """
+
+    def __init__(self, number: int, step: int) -> None:
+        name = signal.Signals(number).name
+        super().__init__(
+            f"stopped by {name} after iteration {step} with its state saved; "
+            "the same command with --resume continues"
+        )
+        self.exit_code = 128 + number
 
 
 class StopRequest:

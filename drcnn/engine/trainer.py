@@ -7,7 +7,6 @@ Everything random in an iteration follows from (seed, iteration, rank) and from 
 the stream, so that a resumed run continues as if it had never stopped.
 """
 
-import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -18,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from drcnn.data import Batch, CocoDataset, Stitcher, split_batch, train_loader
-from drcnn.engine import distributed
+from drcnn.engine import checkpoint, distributed
 from drcnn.engine.batch_size import check_batch_size
-from drcnn.engine.checkpoint import keep_steps, load_checkpoint, newest_intact, save_checkpoint
 from drcnn.engine.compiled import compile_training
 from drcnn.engine.determinism import COST, deterministic, iteration_seed
 from drcnn.engine.early_read import EarlyRead
@@ -30,14 +28,14 @@ from drcnn.engine.finish import write_results
 from drcnn.engine.loggers import open_loggers
 from drcnn.engine.optim import build_optimizer, clip_gradients, lr_at, set_lr
 from drcnn.engine.profiling import StepProfiler
-from drcnn.engine.run_config import TrainConfig
+from drcnn.engine.run_config import TrainConfig, due
 from drcnn.engine.run_log import RunLog
 from drcnn.engine.run_state import collect_state, restore_state
 from drcnn.engine.signals import RunStopped, StopRequest
 from drcnn.engine.splits import open_splits
 from drcnn.engine.start import load_initial_weights
 from drcnn.engine.summary import build_model, summarize
-from drcnn.engine.window import LossWindow
+from drcnn.engine.window import LossWindow, sum_losses
 from drcnn.errors import TrainingError
 
 if TYPE_CHECKING:
@@ -94,13 +92,11 @@ class Trainer:
         self.best: dict[str, Any] | None = None
         self.since_best = 0  # evaluations without a better AP
         self.changes: list[str] = []
-        newest = newest_intact(run) if resume else None
-        self.notes = [*notes, *([] if resume else load_initial_weights(self.model, config))]
+        newest = checkpoint.newest_intact(run) if resume else None
+        self.notes = [*notes, *(newest.notes if newest else load_initial_weights(self.model, config))]
         decay = config.optim.ema
         self.averaged = None if decay is None else AveragedWeights(self.model, decay)
         if newest is not None:
-            passed = [f"passed over: {line}" for line in newest.passed_over]
-            self.notes += [*passed, *([f"continued from {newest.path}"] * bool(passed))]
             restore_state(self, newest.state)
         self.stitch = Stitcher(config.model.scale, config.model.pixel_mean, config.data.pad_multiple)
         self.is_collage = EarlyRead(self.device)
@@ -121,16 +117,16 @@ class Trainer:
             RunStopped: after Ctrl-C, SIGTERM or SIGUSR1, once the state is saved.
         """
         train, last = self.config.train, self.config.optim.iterations
-        self.log.start(self.summary())
         try:
+            self.log.start(self.summary())
             with deterministic(train.deterministic), StopRequest() as self.stop:
                 if self.best is not None and self.best["step"] == self.step:
                     self.save("last.pt", "best.pt")  # a crash may have come before the second
                 if self.evaluation_due():
                     self.evaluate_val()
-                batches = self.batches()
-                self.log.restart_clock()
                 with self.profiler:
+                    batches = self.batches()
+                    self.log.restart_clock()
                     while not self.ended:
                         micro_batches = self.fetch(batches)
                         losses = self.compute_gradients(micro_batches)
@@ -147,8 +143,6 @@ class Trainer:
                             if self.evaluation_due():
                                 self.evaluate_val()
                         self.stop_if_asked()
-                if self.window.count:  # the run ended early, between two records
-                    self.log.write_step(self.step, self.position, self.model)
                 return self.finish()
         finally:
             self.log.close()
@@ -257,10 +251,8 @@ class Trainer:
         windows = distributed.gather_objects(self.window.sums.cpu())
         if distributed.is_main():
             self.log.sync()  # no record may be missing that the checkpoint comes after
-            folder, state = self.run / "checkpoints", collect_state(self) | {"rank_sums": windows}
-            for name in names:
-                save_checkpoint(folder / name, state)
-            keep_steps(folder, state, self.config.train.keep_last)
+            state = collect_state(self) | {"rank_sums": windows}
+            checkpoint.save_run(self.run, names, state, self.config.train.keep_last)
         self.saved = (self.step, self.evaluated)
 
     def evaluation_due(self) -> bool:
@@ -283,10 +275,11 @@ class Trainer:
         if self.best is None or ap > self.best["AP"]:
             self.best = {"step": self.step, "AP": ap, "metrics": metrics.to_dict()}
             self.since_best = 0
-            self.save("last.pt", "best.pt")
         else:
             self.since_best += 1
-            self.save("last.pt")
+        if self.ended and self.window.count:  # early, between two records
+            self.log.write_step(self.step, self.position, self.model)
+        self.save("last.pt", *(["best.pt"] if self.since_best == 0 else []))
 
     def evaluate(self, split: str, dataset: CocoDataset, step: int) -> Metrics:
         """Evaluates the model, whose weights are those of ``step``, on one split and writes a record."""
@@ -322,7 +315,7 @@ class Trainer:
         best = self.best
         if best["step"] != self.step:
             distributed.barrier()
-            state = load_checkpoint(self.run / "checkpoints" / "best.pt")
+            state = checkpoint.load_checkpoint(self.run / "checkpoints" / "best.pt")
             self.evaluated_model.load_state_dict(evaluated_weights(state))
         self.log.display.say(f"weights of step {best['step']}, the best on val, are evaluated and drawn")
         found = {"val": Metrics.from_dict(best["metrics"])}
@@ -347,11 +340,7 @@ class Trainer:
         if asked:
             if self.saved != (self.step, self.evaluated):
                 self.save("last.pt")
-            raise RunStopped(
-                f"stopped by {signal.Signals(asked).name} after iteration {self.step} with its state saved; "
-                "the same command with --resume continues",
-                128 + asked,
-            )
+            raise RunStopped(asked, self.step)
 
     def summary(self) -> list[str]:
         """Returns the lines that say what is trained, on what, how, and with which kernels."""
@@ -368,13 +357,3 @@ class Trainer:
             return record["step"] <= self.evaluated
         # The window holds the iterations since the last record.
         return "split" not in record and record["step"] <= self.step - self.window.count
-
-
-def due(every: int, step: int) -> bool:
-    """Tells whether an event that comes every so many iterations comes after iteration ``step``."""
-    return every > 0 and step % every == 0
-
-
-def sum_losses(losses: dict[str, Tensor]) -> Tensor:
-    """Adds the losses."""
-    return torch.stack([value.float() for value in losses.values()]).sum()

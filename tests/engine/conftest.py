@@ -17,8 +17,9 @@ from drcnn.models import AnchorConfig, BoxHeadConfig, FasterRCNNConfig, FPNConfi
 def light_run(tmp_path_factory, tiny_coco, write_config) -> str:
     """Config file of a run of 60 iterations.
 
-    Dynamic R-CNN and dynamic scale training, on a backbone with batch norm, in bfloat16. Two workers, a
-    record every 3 iterations, a checkpoint every 5, an evaluation every 20.
+    Dynamic R-CNN and dynamic scale training, on a backbone with batch norm, in bfloat16, with two
+    micro-batches an iteration and averaged weights. Two workers, a record every 3 iterations, a checkpoint
+    every 5, an evaluation every 20.
     """
     pytest.importorskip("timm", reason="the light run needs the extra timm")
     model = FasterRCNNConfig(
@@ -33,7 +34,7 @@ def light_run(tmp_path_factory, tiny_coco, write_config) -> str:
     splits = [SplitConfig(f"images/{s}", f"annotations/instances_{s}.json") for s in ("train", "val", "test")]
     sizes = dict(short_sides=(64,), max_size=96, test_short_side=64, test_max_size=96, pad_step=32)
     data = DataConfig(str(tiny_coco), *splits, batch_size=4, workers=2, **sizes)
-    optim = presets.short_schedule(60)
+    optim = replace(presets.short_schedule(60), warmup_iterations=5, accumulate=2, ema=0.9)
     train = TrainConfig(amp="bf16", threads=1, pictures=0, log_every=3, checkpoint_every=5, eval_every=20)
     path: Path = tmp_path_factory.mktemp("light") / "light.py"
-    return write_config(path, Config(model, data, replace(optim, warmup_iterations=5), train))
+    return write_config(path, Config(model, data, optim, train))

@@ -13,11 +13,11 @@ from drcnn.engine.checkpoint import (
     changed_settings,
     config_differences,
     find_checkpoint,
-    keep_steps,
     load_checkpoint,
     matching_best,
     newest_intact,
     save_checkpoint,
+    save_run,
 )
 from drcnn.engine.optim import OptimConfig
 from drcnn.engine.trainer import TrainConfig
@@ -151,7 +151,7 @@ def test_newest_intact(tmp_path):
         found = newest_intact(tmp_path)
         assert found.path == folder / f"{expected}.pt"
         assert found.state["step"] == {"step_00000009": 9, "best": 7, "step_00000006": 6}[expected]
-        assert any(str(path) in line and "is torn" in line for line in found.passed_over)
+        assert any(str(path) in line and "is torn" in line for line in found.notes)
     (folder / "step_00000006.pt").unlink()
     with pytest.raises(WeightsError, match="cannot be continued") as error:
         newest_intact(tmp_path)
@@ -167,17 +167,17 @@ def test_weights_alone_cannot_continue_a_run(tmp_path):
 
 def test_the_newest_checkpoints_are_kept(tmp_path):
     def names():
-        return sorted(path.name for path in tmp_path.iterdir())
+        return sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
 
     for step in (5, 10, 15):
-        keep_steps(tmp_path, make_state(step), 1)
-    assert names() == []
+        save_run(tmp_path, ["last.pt", "best.pt"], make_state(step))
+    assert names() == ["best.pt", "last.pt"]
     for step in (5, 10, 15):
-        keep_steps(tmp_path, make_state(step), 2)
-    assert names() == ["step_00000010.pt", "step_00000015.pt"]
-    assert load_checkpoint(tmp_path / "step_00000015.pt")["step"] == 15
-    keep_steps(tmp_path, make_state(12), 3)  # the run went back to 10 and on from there
-    assert names() == ["step_00000010.pt", "step_00000012.pt"]
+        save_run(tmp_path, ["last.pt"], make_state(step), keep_last=2)
+    assert names() == ["best.pt", "last.pt", "step_00000010.pt", "step_00000015.pt"]
+    assert load_checkpoint(tmp_path / "checkpoints" / "step_00000015.pt")["step"] == 15
+    save_run(tmp_path, ["last.pt"], make_state(12), keep_last=3)  # it went back to 10 and on from there
+    assert names() == ["best.pt", "last.pt", "step_00000010.pt", "step_00000012.pt"]
 
 
 def test_the_record_of_the_best_is_that_of_the_file(tmp_path):
