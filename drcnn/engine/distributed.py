@@ -105,7 +105,10 @@ def process_group(device: torch.device, minutes: float = 30.0) -> Iterator[None]
         try:
             yield
         except Exception as error:
-            raise watch.explain(error) from error
+            found = watch.explain(error)
+            if found is error:
+                raise
+            raise found from error
         watch.leave()
     dist.destroy_process_group()
 

@@ -40,7 +40,7 @@ class RankWatch:
         self._next = (self.rank + 1) % self.ranks
         self._next_name = self._name(self._next)
         self._ring = dist.new_group(backend="gloo", timeout=timedelta(days=365))
-        self._leaving, self._told, self._out = (threading.Event() for _ in range(3))
+        self._leaving, self._knows, self._told, self._out = (threading.Event() for _ in range(4))
         for task in (self._hold_on, self._look):
             threading.Thread(target=task, name=f"ranks{task.__name__}", daemon=True).start()
 
@@ -62,6 +62,12 @@ class RankWatch:
             says what happened.
         """
         self._out.set()
+        found = self._explained(error)
+        self._know()
+        self._outlive_the_others()
+        return found
+
+    def _explained(self, error: Exception) -> Exception:
         text, own = str(error), isinstance(error, DrcnnError)
         if not own and any(word in text.lower() for word in _CONNECTION):
             self._store_quietly(f"here/{self.rank}")
@@ -90,6 +96,19 @@ class RankWatch:
         except RuntimeError:  # the store went with rank 0
             return True
 
+    def _know(self) -> None:
+        """Speaks of nothing from here on: there is a note, and its author says it."""
+        self._knows.set()
+        self._store_quietly(f"heard/{self.rank}")
+
+    def _outlive_the_others(self) -> None:
+        """Lets the others read the note, as the store may be that of rank 0."""
+        keys = [f"heard/{rank}" for rank in range(self.ranks)]
+        end = time.monotonic() + _GRACE
+        with contextlib.suppress(RuntimeError):
+            while self.rank == 0 and time.monotonic() < end and not self._store.check(keys):
+                time.sleep(0.1)
+
     def _note_comes(self) -> bool:
         """Waits for a note, which may come later than the failure of a collective; tells whether it came."""
         end = time.monotonic() + _GRACE
@@ -112,7 +131,7 @@ class RankWatch:
         with contextlib.suppress(RuntimeError):
             dist.recv(torch.zeros(1), src=self._next, group=self._ring)
             return
-        if self._leaving.is_set():
+        if self._leaving.is_set() or self._knows.is_set():
             return
         line = f"{self._next_name} died without a word; was it killed, or out of memory? The other ranks stop"
         if self._leave_note(line):
@@ -127,6 +146,7 @@ class RankWatch:
                 rank, node, line = self._store.get(_NOTE).decode().split("\n", 2)
             except RuntimeError:  # the store went with rank 0, of which its neighbour tells
                 rank, node, line = "0", self._node, ""
+            self._know()
             if not self._leaving.is_set() and int(rank) != self.rank:
                 elsewhere = node != self._node and os.environ.get("LOCAL_RANK", "0") == "0"
                 self._end(line if elsewhere else "")
