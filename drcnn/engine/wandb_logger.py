@@ -14,8 +14,8 @@ from drcnn.errors import ConfigError
 class WandbLogger:
     """Logs to one W&B run, which a resumed run continues: its id is kept in ``RUN/wandb/run_id``.
 
-    W&B's own rule for steps does the rest: one that it has is not logged twice. Set ``WANDB_PROJECT`` and the
-    other variables of W&B as usual.
+    Iterations done again after a kill have the values that they had; W&B drops steps that it has, but
+    offline each process writes a part of its own. Set ``WANDB_PROJECT`` and W&B's other variables as usual.
 
     Args:
         run (Path): the run folder.
