@@ -28,7 +28,9 @@ def light_run(tmp_path_factory, tiny_coco, write_config) -> str:
         FPNConfig(channels=16),
         RPNConfig(AnchorConfig(sizes=(16, 32, 64, 128, 256)), pre_nms=50, post_nms=20, test_post_nms=20),
         BoxHeadConfig(channels=32, samples=16, sampling_ratio=1),
-        training=DynamicTrainingConfig(window=5, iou_top_k=10),
+        training=DynamicTrainingConfig(
+            window=5, iou_top_k=3, error_top_k=2, min_iou_threshold=0.05, max_beta=100.0
+        ),
         scale=ScaleTrainingConfig(threshold=0.4, small_area=200.0, medium_area=600.0),
     )
     splits = [SplitConfig(f"images/{s}", f"annotations/instances_{s}.json") for s in ("train", "val", "test")]

@@ -79,7 +79,8 @@ def test_the_kills_hit_what_they_should(runs):
     assert evaluated[:3] == [(20, "val"), (40, "val"), (60, "val")] and evaluated[3][1] == "test"
     collages = [value for record in told if "split" not in record for value in record["scale_collage"]]
     assert len(collages) == 60 and 0 < sum(collages) < 60, "both kinds of iterations occur"
-    assert len({record["iou_threshold"] for record in told if "split" not in record}) > 3
+    for name in ("iou_threshold", "beta"):
+        assert len({record[name] for record in told if "split" not in record}) > 3, "it moves"
 
 
 @pytest.mark.parametrize("name", ["last.pt", "best.pt"])
