@@ -1,5 +1,7 @@
 """What every verb of the command line shares: one-line errors, exit codes and quiet interruption."""
 
+import contextlib
+import errno
 import functools
 import os
 import re
@@ -11,6 +13,8 @@ from drcnn.errors import DrcnnError, RankStopped
 USER_ERROR = 2
 INTERRUPTED = 130
 BROKEN_PIPE = 141
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system calls a full disk, a quota that is used up, and a file that may not grow."""
 
 _WORKER = re.compile(r"Caught \w+ in (DataLoader worker process|pin memory thread)")
 
@@ -30,8 +34,8 @@ def one_line(error: BaseException) -> str:
 def command(function: Callable[[list[str]], int]) -> Callable[[list[str] | None], int]:
     """Wraps ``function(argv) -> exit code`` as the ``main`` of a verb.
 
-    A :class:`~drcnn.errors.DrcnnError` becomes one line on stderr and exit code 2; Ctrl-C exits with 130; a
-    reader that went away (``drcnn ... | head``) ends the verb without a traceback.
+    A :class:`~drcnn.errors.DrcnnError` becomes one line on stderr and exit code 2, and so does a full disk;
+    Ctrl-C exits with 130; a reader that went away (``drcnn ... | head``) ends the verb without a traceback.
     """
 
     @functools.wraps(function)
@@ -49,5 +53,15 @@ def command(function: Callable[[list[str]], int]) -> Callable[[list[str] | None]
             # Python flushes stdout once more at exit; give it somewhere to write.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             return BROKEN_PIPE
+        except OSError as error:
+            if error.errno not in NO_SPACE:
+                raise
+            where = f" in {error.filename}" if error.filename else " for the output"
+            print(f"error: {error.strerror}{where}; free space", file=sys.stderr)
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
+                return USER_ERROR
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            return USER_ERROR
 
     return main

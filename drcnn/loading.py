@@ -14,6 +14,7 @@ from drcnn.config import Config, from_dict, to_dict
 from drcnn.data import DataConfig, SplitConfig
 from drcnn.engine.checkpoint import FORMAT, check_state, find_checkpoint
 from drcnn.engine.distributed import pick_device
+from drcnn.engine.ema import evaluated_weights
 from drcnn.engine.predictor import Predictor
 from drcnn.errors import DrcnnError, WeightsError
 from drcnn.weights import load_weights, read_content, recognise, unwrap
@@ -49,7 +50,8 @@ def read_state(path: str | os.PathLike) -> tuple[Path, dict[str, Any]]:
     """Reads a detector from a run folder, a checkpoint, or weights of any known system.
 
     Returns:
-        The file, and what a checkpoint holds: ``model`` (tensors by our names), ``config`` (plain types),
+        The file, and what a checkpoint holds: ``model`` (tensors by our names; the averaged weights if it
+        has them), ``config`` (plain types),
         ``categories``, ``category_ids``, ``step``; for other files also ``source``, who wrote them, and
         ``notes``, what differs from there.
 
@@ -59,7 +61,8 @@ def read_state(path: str | os.PathLike) -> tuple[Path, dict[str, Any]]:
     file = find_checkpoint(path)
     content = read_content(file)
     if {"format", "step", "config"} <= set(content):
-        return file, check_state(content, file)
+        state = check_state(content, file)
+        return file, state | {"model": evaluated_weights(state)}
     weights = unwrap(content, str(file))
     stored = weights.extra.get("drcnn")
     if isinstance(stored, str):

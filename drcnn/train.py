@@ -18,10 +18,12 @@ from drcnn.arguments import parse
 from drcnn.command import command
 from drcnn.config import Config, load_config, print_field_help, to_dict
 from drcnn.engine import distributed
+from drcnn.engine.batch_size import find_share, with_earlier_batch, with_share
 from drcnn.engine.optim import describe_lr, describe_schedule
 from drcnn.engine.signals import RunStopped
 from drcnn.engine.summary import build_model, describe_backends, describe_model
 from drcnn.engine.trainer import Trainer
+from drcnn.engine.writing import replacing
 from drcnn.errors import ConfigError
 from drcnn.structures import ImageBatch
 
@@ -29,8 +31,8 @@ PROGRAM = "drcnn train"
 DESCRIPTION = (
     "usage: drcnn train CONFIG [flags]. Trains the detector that CONFIG, a file in configs/, describes."
 )
-OWN_FILES = ("config.json", "metrics.jsonl", "log.txt", "metrics_val.json", "metrics_test.json")
-OWN_FOLDERS = ("checkpoints", "predictions")
+OWN_FILES = ("config.json", "metrics.jsonl", "log.txt", "metrics_val.json", "metrics_test.json", "trace.json")
+OWN_FOLDERS = ("checkpoints", "predictions", "tensorboard", "wandb")
 
 
 @dataclass(frozen=True)
@@ -40,16 +42,18 @@ class TrainArguments:
     out: str = ""
     """Run folder; runs/<name of CONFIG> if empty."""
     resume: bool = False
-    """Continue the run in the run folder from its checkpoints/last.pt."""
+    """Continue the run in the run folder from its checkpoints/last.pt, or from the newest that is whole."""
     overwrite: bool = False
     """Start anew in a run folder that holds checkpoints, and delete what the earlier run wrote."""
+    profile: int = 0
+    """Trace so many iterations, after the first few, to trace.json in the run folder."""
     dry_run: bool = False
     """Print the resolved config, the parameter count, the schedule and one forward's shapes; read no data."""
 
 
 @command
 def main(argv: list[str]) -> int:
-    """Runs the verb and returns its exit code: 0, 2 for an error to fix, 130 or 143 when stopped."""
+    """Runs the verb and returns its exit code: 0, 2 for an error to fix, 128 + the signal when stopped."""
     if "-h" in argv or "--help" in argv:
         return show_help(argv)
     if not argv or argv[0].startswith("-"):
@@ -63,11 +67,17 @@ def main(argv: list[str]) -> int:
     if arguments.resume and arguments.overwrite:
         raise ConfigError("--resume continues a run and --overwrite deletes it; pass one of them")
     run = Path(arguments.out) if arguments.out else Path("runs") / path.stem
+    if arguments.resume and config.train.auto_batch:
+        config, share = with_earlier_batch(config, run), 0
+    else:
+        share = find_share(config)
     device = distributed.rank_device(config.train.device)
     with distributed.process_group(device, config.train.rank_timeout):
+        config, said = with_share(config, share) if share else (config, [])
         prepare_run_folder(run, config, resume=arguments.resume, overwrite=arguments.overwrite)
         spoken = shlex.join(["drcnn", "train", *argv])
-        trainer = Trainer(config, to_dict(config), run, resume=arguments.resume, command=spoken)
+        settings = {"resume": arguments.resume, "command": spoken, "profile": arguments.profile}
+        trainer = Trainer(config, to_dict(config), run, **settings, notes=said)
         try:
             trainer.fit()
         except RunStopped as stopped:
@@ -103,12 +113,12 @@ def prepare_run_folder(run: Path, config: Config, *, resume: bool, overwrite: bo
         ConfigError: if the folder holds another run, or none to resume, or cannot be written.
     """
     if distributed.is_main():
-        last = run / "checkpoints" / "last.pt"
-        if resume and not last.is_file():
+        last, begun = run / "checkpoints" / "last.pt", any((run / "checkpoints").glob("*.pt"))
+        if resume and not begun:
             raise ConfigError(
                 f"there is nothing to resume: {last} does not exist; leave out --resume or fix --out"
             )
-        if not (resume or overwrite) and any((run / "checkpoints").glob("*.pt")):
+        if begun and not (resume or overwrite):
             raise ConfigError(
                 f"{run} already holds checkpoints; pass --resume to continue, --out FOLDER for another run, "
                 "or --overwrite to delete them"
@@ -120,7 +130,8 @@ def prepare_run_folder(run: Path, config: Config, *, resume: bool, overwrite: bo
                 for name in OWN_FILES:
                     (run / name).unlink(missing_ok=True)
             run.mkdir(parents=True, exist_ok=True)
-            (run / "config.json").write_text(json.dumps(to_dict(config), indent=1) + "\n")
+            with replacing(run / "config.json") as file:
+                file.write(json.dumps(to_dict(config), indent=1).encode() + b"\n")
         except OSError as error:
             raise ConfigError(
                 f"cannot write the run folder {run}: {error.strerror}; pass another --out"

@@ -6,6 +6,7 @@ from drcnn.data.collage import Stitcher
 from drcnn.data.config import AugmentationConfig, CropConfig, DataConfig, SplitConfig
 from drcnn.data.image import MAX_PIXELS, load_image
 from drcnn.data.loader import Batch, BatchLoader, eval_loader, train_loader
+from drcnn.data.micro_batches import split_batch
 from drcnn.data.padding import canvas_ladder, pad_images, pad_targets
 from drcnn.data.problems import SkipKind
 from drcnn.data.sampler import StreamSampler
@@ -51,5 +52,6 @@ __all__ = [
     "read_yolo",
     "resize_for_test",
     "resized_shape",
+    "split_batch",
     "train_loader",
 ]

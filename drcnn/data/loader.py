@@ -291,5 +291,6 @@ def _batches(
 
 
 def _start_worker(worker: int) -> None:
-    """Leaves Ctrl-C to the main process, which then ends its workers without their tracebacks."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Leaves Ctrl-C and SIGUSR1 to the main process, which then ends its workers without their tracebacks."""
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

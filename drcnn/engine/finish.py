@@ -9,6 +9,7 @@ from drcnn.engine import distributed
 from drcnn.engine.metrics import Metrics
 from drcnn.engine.predictor import draw_predictions
 from drcnn.engine.run_log import RunLog
+from drcnn.engine.writing import changing, replacing
 
 
 def write_results(
@@ -28,9 +29,13 @@ def write_results(
         log.display.show(metrics.table())
         if distributed.is_main():
             record = {"split": split, "step": step, **metrics.to_dict()}
-            (log.run / f"metrics_{split}.json").write_text(json.dumps(record, indent=1) + "\n")
+            with replacing(log.run / f"metrics_{split}.json") as file:
+                file.write(json.dumps(record, indent=1).encode() + b"\n")
+    log.watchdog.waits_for("the pictures of predictions")
     pictures = log.config.train.pictures
     if distributed.is_main() and pictures:
-        draw_predictions(model, shown, log.config.data, log.run / "predictions", pictures=pictures)
+        folder = log.run / "predictions"
+        with changing(folder):
+            draw_predictions(model, shown, log.config.data, folder, pictures=pictures)
     log.display.say(f"run folder: {log.run} (checkpoints/best.pt, metrics.jsonl, predictions/)")
     distributed.barrier()

@@ -1,11 +1,10 @@
 """What a run shows and keeps: a live bar on a terminal, plain lines elsewhere, log.txt and metrics.jsonl."""
 
+import io
 import json
 import math
-import os
 import resource
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
-from drcnn.errors import TrainingError
+from drcnn.engine.writing import LineFile, changing, replacing
 
 SHORT_NAMES = {
     "loss_rpn_objectness": "rpn",
@@ -41,43 +40,50 @@ HIDDEN_ZEROS = ("non_finite_statistics", "scale_collage")
 
 
 class MetricsFile:
-    """``metrics.jsonl``: one json object a line, appended and flushed at each event."""
+    """``metrics.jsonl``: one json object a line, appended and handed to the system at each event.
+
+    Args:
+        path: the file.
+        keep: which records of an earlier run stay; None for none. What a kill tore never stays.
+
+    Raises:
+        TrainingError: if it cannot be written.
+    """
 
     def __init__(self, path: Path, keep: Callable[[dict[str, Any]], bool] | None = None) -> None:
-        """Opens a new file, or an old one of which the records that ``keep`` accepts stay."""
-        try:
-            if keep is None:
-                path.write_text("")
-            elif path.is_file():
-                _keep_records(path, keep)
-            self._file = path.open("a", encoding="utf-8")
-        except OSError as error:
-            raise TrainingError(f"cannot write {path}: {error.strerror}; pass another --out") from error
+        kept = [line for line in _lines(path) if _stays(line, keep)] if keep is not None else []
+        with replacing(path) as file:
+            file.writelines(line + b"\n" for line in kept)
+        self._file = LineFile(path)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Appends one record; a number that is not finite becomes null, as json has no other word for it."""
+        """Appends one record; a number that is not finite becomes null, as json has no other word for it.
+
+        Raises:
+            TrainingError: if the disk says no.
+        """
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         self._file.write(json.dumps(plain) + "\n")
-        self._file.flush()
+
+    def sync(self) -> None:
+        """Waits until all records are on disk, as they must be before a checkpoint that comes after them."""
+        self._file.sync()
 
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
 
 
-def _keep_records(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if keep(json.loads(line)):
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):  # a line torn by a kill
-            continue
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".metrics.")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.writelines(kept)
-    os.chmod(name, 0o644)
-    os.replace(name, path)
+def _lines(path: Path) -> list[bytes]:
+    with changing(path):
+        return path.read_bytes().split(b"\n") if path.is_file() else []
+
+
+def _stays(line: bytes, keep: Callable[[dict[str, Any]], bool]) -> bool:
+    try:
+        return bool(keep(json.loads(line)))
+    except (ValueError, KeyError, TypeError):  # torn by a kill
+        return False
 
 
 class Display:
@@ -88,7 +94,7 @@ class Display:
         self.iterations = iterations
         self.silent = silent
         self._console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
-        self._log = None if silent or log is None else log.open("a", encoding="utf-8")
+        self._log = None if silent or log is None else LineFile(log)
         self._step_time: float | None = None
         self._live: Live | None = None
         if self._console.is_terminal and not silent:
@@ -123,8 +129,9 @@ class Display:
         """Prints a table or another object of ``rich`` and keeps it as text."""
         if not self.silent:
             self._console.print(renderable)
-            if self._log is not None:
-                Console(file=self._log, width=100, no_color=True).print(renderable)
+            text = io.StringIO()
+            Console(file=text, width=100, no_color=True).print(renderable)
+            self._keep(text.getvalue().removesuffix("\n"))
 
     def step(self, record: dict[str, Any]) -> None:
         """Shows a record of training: under the bar on a terminal, as a line elsewhere."""
@@ -150,7 +157,6 @@ class Display:
     def _keep(self, line: str) -> None:
         if self._log is not None:
             self._log.write(line + "\n")
-            self._log.flush()
 
     def _words(self, record: dict[str, Any]) -> tuple[list[str], list[str]]:
         """Writes the values of a record, and its speed, memory and time to the end."""

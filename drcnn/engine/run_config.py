@@ -30,8 +30,24 @@ class TrainConfig:
     """Iterations between log lines; losses are means over them."""
     checkpoint_every: int = 5000
     """Iterations between writings of checkpoints/last.pt; 0 writes it only at the end."""
+    keep_last: int = 1
+    """More than 1 keeps so many earlier checkpoints too, as checkpoints/step_XXXXXXXX.pt."""
     eval_every: int = 0
     """Iterations between evaluations on the val split, the best of which is kept; 0 evaluates at the end."""
+    patience: int = 0
+    """Evaluations on the val split without a better AP after which training ends early; 0 for never."""
+    auto_batch: bool = False
+    """Find the largest data.batch_size that fits on the GPU before training; the learning rate follows it."""
+    deterministic: bool = False
+    """Equal bits on every run, on a GPU too, where it takes some speed; a CPU has that anyway."""
+    compile: bool = False
+    """Compile the forward and backward pass by torch.compile as one graph, once for each padded shape."""
+    channels_last: bool = False
+    """Lay images and features out channel by channel of a pixel, as tensor cores like it best."""
+    loggers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Where records go besides metrics.jsonl; each needs the extra of its name."""
+    stall_seconds: float = 300.0
+    """After waiting so long for one batch, iteration or evaluated batch the run says so; 0 for never."""
     eval_batch_size: int = 4
     """Images per forward of these evaluations on each rank; results follow from it, not from the ranks."""
     pictures: int = 8
@@ -39,12 +55,18 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
-        for name, least in (("seed", 0), ("log_every", 1), ("checkpoint_every", 0), ("eval_every", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"train.{name} must be at least {least}, got {getattr(self, name)}")
-        if self.eval_batch_size < 1:
-            raise ConfigError(f"train.eval_batch_size must be at least 1, got {self.eval_batch_size}")
+        least = {"seed": 0, "log_every": 1, "checkpoint_every": 0, "keep_last": 1, "eval_every": 0}
+        for name, value in (least | {"eval_batch_size": 1, "patience": 0, "stall_seconds": 0}).items():
+            if not getattr(self, name) >= value:
+                raise ConfigError(f"train.{name} must be at least {value}, got {getattr(self, name)}")
         if not 0 < self.rank_timeout <= 60 * 24 * 365:
             raise ConfigError(f"train.rank_timeout must be positive minutes, got {self.rank_timeout}")
+        if self.patience and not self.eval_every:
+            raise ConfigError("train.patience counts evaluations; set train.eval_every too")
         if self.threads is not None and self.threads < 1:
             raise ConfigError(f"train.threads must be at least 1 or None, got {self.threads}")
+
+
+def due(every: int, step: int) -> bool:
+    """Tells whether an event that comes every so many iterations, 0 for never, comes after ``step``."""
+    return every > 0 and step % every == 0

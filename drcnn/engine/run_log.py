@@ -1,8 +1,9 @@
 """What a run tells of its iterations: it times them, reads their values at log events and writes records."""
 
+import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,9 +13,11 @@ from torch import Tensor, nn
 
 from drcnn.data import CocoDataset
 from drcnn.engine import distributed
+from drcnn.engine.loggers import Logger
 from drcnn.engine.metrics import Metrics
 from drcnn.engine.optim import lr_at
 from drcnn.engine.progress import Display, MetricsFile, memory_mb
+from drcnn.engine.watchdog import Watchdog
 from drcnn.engine.window import LossWindow
 from drcnn.errors import TrainingError
 
@@ -31,9 +34,11 @@ class RunLog:
         data (CocoDataset): the training images, to name those of a bad iteration.
         window (LossWindow): what was measured since the last record.
         keep (Callable | None): tells which records of an earlier ``metrics.jsonl`` stay; None begins anew.
+        loggers (Sequence[Logger]): where else the records go; of the main rank alone.
 
     Attributes:
         display (Display): the terminal and ``log.txt``.
+        watchdog (Watchdog): says when the run waits for something for long.
     """
 
     def __init__(
@@ -43,13 +48,32 @@ class RunLog:
         data: CocoDataset,
         window: LossWindow,
         keep: Callable[[dict[str, Any]], bool] | None,
+        loggers: Sequence[Logger] = (),
     ) -> None:
         self.config, self.run, self.data, self.window = config, run, data, window
         main = distributed.is_main()
         self.display = Display(run / "log.txt" if main else None, config.optim.iterations, silent=not main)
         self.metrics = MetricsFile(run / "metrics.jsonl", keep) if main else None
+        self.loggers = loggers
+        self.watchdog = Watchdog(config.train.stall_seconds, self.say_stalled)
         self.recent: deque[tuple[int, Tensor]] = deque(maxlen=config.train.log_every)
         self.restart_clock()
+
+    def start(self, lines: Sequence[str]) -> None:
+        """Starts the live bar and the watchdog and says ``lines``."""
+        self.display.start()
+        self.watchdog.start()
+        for line in lines:
+            self.display.say(line)
+
+    def say_stalled(self, line: str) -> None:
+        """Passes a line of the watchdog on; every rank has one, as each may wait for something of its own."""
+        if distributed.world_size() > 1:
+            line = f"rank {distributed.rank()} {line}"
+        if distributed.is_main():
+            self.display.say(line)
+        else:
+            print(line, file=sys.stderr, flush=True)
 
     def restart_clock(self) -> None:
         """Starts to time the iterations of the next record."""
@@ -89,8 +113,8 @@ class RunLog:
             **losses,
             **dynamics,
             "scale_histogram": model.scale.histogram.tolist(),
-            "time_per_step": seconds / self.timed_steps,
-            "data_time": self.data_time / self.timed_steps,
+            "time_per_step": seconds / max(self.timed_steps, 1),
+            "data_time": self.data_time / max(self.timed_steps, 1),
             "memory_mb": memory_mb(self.window.device),
         }
         self.window.reset()
@@ -104,9 +128,16 @@ class RunLog:
         self.write({"step": step, "split": split, **metrics.flat()})
 
     def write(self, record: dict[str, Any]) -> None:
-        """Writes a record on the main rank."""
+        """Writes a record on the main rank, and passes it on to the loggers."""
         if self.metrics is not None:
             self.metrics.write(record)
+        for logger in self.loggers:
+            logger.write(record)
+
+    def sync(self) -> None:
+        """Waits until all records are on disk."""
+        if self.metrics is not None:
+            self.metrics.sync()
 
     def read_window(self, model: nn.Module) -> tuple[dict[str, float], dict[str, float | list[float]]]:
         """Waits for the device, and stops the run if a loss or gradient was not finite.
@@ -130,7 +161,10 @@ class RunLog:
         )
 
     def close(self) -> None:
-        """Ends the live bar and closes the files."""
+        """Ends the watchdog and the live bar and closes the files and the loggers."""
+        self.watchdog.stop()
         self.display.close()
+        for logger in self.loggers:
+            logger.close()
         if self.metrics is not None:
             self.metrics.close()

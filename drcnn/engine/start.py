@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from drcnn.engine.checkpoint import find_checkpoint
-from drcnn.weights import load_backbone_weights, load_weights
+from drcnn.engine.ema import evaluated_weights
+from drcnn.weights import load_backbone_weights, load_weights, read_content
 
 if TYPE_CHECKING:
     from drcnn.config import Config
@@ -14,7 +15,8 @@ if TYPE_CHECKING:
 def load_initial_weights(model: nn.Module, config: "Config") -> list[str]:
     """Loads the weights of ``train.weights`` into the detector, else those of its backbone.
 
-    Dynamic training begins anew: its state is not taken over.
+    Of a checkpoint it takes the averaged weights, if it has them. Dynamic training begins anew: its state is
+    not taken over.
 
     Args:
         model: the detector.
@@ -29,7 +31,9 @@ def load_initial_weights(model: nn.Module, config: "Config") -> list[str]:
     path = config.train.weights
     if path != "none":
         file = find_checkpoint(path)
-        report = load_weights(model, file, partial=config.train.partial_weights, dynamics=False)
+        content, partial = read_content(file), config.train.partial_weights
+        weights = evaluated_weights(content) if {"ema", "model", "config"} <= set(content) else file
+        report = load_weights(model, weights, partial=partial, dynamics=False, source=str(file))
         return [f"{file}: {line}" for line in report.summary()]
     if config.model.backbone.weights != "none":
         load_backbone_weights(model.backbone, config.model.backbone.weights)

@@ -88,3 +88,8 @@ class LossWindow:
         self.sums = state["sums"].to(self.device).clone()
         traces = state.get("traces", {})
         self.traces = {name: list(values.to(self.device).unbind()) for name, values in traces.items()}
+
+
+def sum_losses(losses: dict[str, Tensor]) -> Tensor:
+    """Adds the losses of an iteration."""
+    return torch.stack([value.float() for value in losses.values()]).sum()

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from drcnn.errors import WeightsError
+from drcnn.weights.checksum import verify_checksum
 from drcnn.weights.pickles import RefusedPickle, read_pickled
 
 _WRAPPERS = ("model", "state_dict", "model_state", "module")
@@ -75,7 +76,10 @@ def read_content(path: str | os.PathLike) -> dict[str, Any]:
     if path.is_dir():
         raise WeightsError(f"{path} is a folder, expected a weights file (.pth, .pt, .pkl or .safetensors)")
     try:
+        verify_checksum(path)
         content = _read_safetensors(path) if _is_safetensors(path) else read_pickled(path)
+    except WeightsError:
+        raise
     except RefusedPickle as error:
         raise WeightsError(f"{path} is refused: {error}; get the weights from a source you trust") from None
     except Exception as error:  # what a damaged file makes its readers raise has no bounds

@@ -208,6 +208,21 @@ def test_a_reader_that_goes_away_is_no_error():
     assert writer.stderr.read() == b""
 
 
+def test_output_to_a_full_disk_is_one_line():
+    code = (
+        "import sys; from drcnn.command import command\n"
+        "@command\n"
+        "def main(argv):\n"
+        "    for _ in range(100000): print('line')\n"
+        "    return 0\n"
+        "sys.exit(main([]))"
+    )
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: No space left on device for the output; free space\n"
+
+
 def test_lr_follows_the_batch(tiny, tmp_path):
     flags = ["--data.batch-size", "1", "--optim.iterations", "1", "--train.pictures", "0"]
     assert train([tiny, "--out", str(tmp_path / "run"), *flags]) == 0

@@ -11,6 +11,7 @@ from drcnn.engine.optim import (
     lr_at,
     set_lr,
 )
+from drcnn.engine.run_config import TrainConfig
 from drcnn.errors import ConfigError
 
 
@@ -186,3 +187,62 @@ def test_scaled_steps_never_read_the_device_and_survive_a_skipped_first_step(mon
         patch.setattr(torch.Tensor, "item", lambda self: pytest.fail("the scaler read the device"))
         found = train(scaled=True)
     torch.testing.assert_close(found, expected)
+
+
+def test_cosine_is_that_of_torch():
+    config = OptimConfig(
+        schedule="cosine", warmup_iterations=5, iterations=25, final_factor=0.1, lr=0.02, milestones=(7,)
+    )
+    weight = torch.nn.Parameter(torch.zeros(()))
+    optimizer = torch.optim.SGD([weight], lr=0.02)
+    rising = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / 3, total_iters=5)
+    falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=20, eta_min=0.002)
+    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [rising, falling], [5])
+    for iteration in range(26):
+        expected = optimizer.param_groups[0]["lr"]
+        assert lr_at(config, iteration, 16) == pytest.approx(expected, rel=1e-9), iteration
+        optimizer.step()
+        schedule.step()
+    assert lr_at(config, 25, 16) == pytest.approx(0.002) and lr_at(config, 25, 32) == pytest.approx(0.004)
+    assert "cosine of the lr down to 0.1 of it, warm-up over 5" in describe_schedule(config)
+
+
+def test_micro_batches_and_average_are_said():
+    text = describe_schedule(OptimConfig(accumulate=4, ema=0.999))
+    assert text.endswith("4 micro-batches a step, weights averaged with decay 0.999")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"accumulate": 0}, r"optim\.accumulate must be at least 1, got 0"),
+        ({"ema": 1.0}, r"optim\.ema must be at least 0 and less than 1, or None, got 1\.0"),
+        ({"final_factor": -0.1}, r"optim\.final_factor must not be negative"),
+    ],
+)
+def test_values_of_no_use_are_refused(values, message):
+    with pytest.raises(ConfigError, match=message):
+        OptimConfig(**values)
+
+
+def test_patience_without_evaluations_is_refused():
+    with pytest.raises(ConfigError, match=r"counts evaluations; set train\.eval_every too"):
+        TrainConfig(patience=3)
+    assert TrainConfig(patience=3, eval_every=10).patience == 3
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_fused_moves_weights_alike(name):
+    moved = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(5, 3)
+        config = OptimConfig(optimizer=name, lr=0.1, fused=fused, warmup_iterations=0)
+        optimizer = build_optimizer(config, model, 16)
+        assert bool(optimizer.defaults["fused"]) == fused
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.ones(2, 5)).square().sum().backward()
+            optimizer.step()
+        moved.append(model.weight.detach())
+    torch.testing.assert_close(moved[1], moved[0])

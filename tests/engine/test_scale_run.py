@@ -111,9 +111,9 @@ def test_images_come_in_the_order_of_the_stream(config_file, unbroken, tmp_path,
     fetch, seen = Trainer.fetch, []
 
     def spy(self, batches):
-        batch = fetch(self, batches)
-        seen.append(batch.indices.tolist())
-        return batch
+        micro_batches = fetch(self, batches)
+        seen.append([index for batch in micro_batches for index in batch.indices.tolist()])
+        return micro_batches
 
     monkeypatch.setattr(Trainer, "fetch", spy)
     assert main([config_file, "--out", str(tmp_path / "run")]) == 0

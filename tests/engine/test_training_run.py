@@ -143,8 +143,9 @@ def test_stop_saves_and_resume_continues(unbroken, tmp_path, monkeypatch, capsys
     assert_same_weights(weights(out), weights(run))
 
 
-def test_signal_to_the_whole_process_group(unbroken, tmp_path):
-    """As a batch system sends it: the loader's workers get it too and die of it."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signal_to_the_whole_process_group(unbroken, tmp_path, number):
+    """As a batch system sends it: the loader's workers get it too, and die of SIGTERM."""
     path, run = unbroken
     out = tmp_path / "run"
     command = [sys.executable, "-m", "drcnn.train", path, "--out", str(out), "--data.workers", "2"]
@@ -152,11 +153,11 @@ def test_signal_to_the_whole_process_group(unbroken, tmp_path):
     with subprocess.Popen(command, start_new_session=True, stdout=-1, stderr=-1, text=True) as process:
         for line in process.stdout:
             if line.startswith("step 3/"):
-                os.killpg(process.pid, signal.SIGTERM)
+                os.killpg(process.pid, number)
                 break
         _, error = process.communicate(timeout=120)
-    assert process.returncode == 143
-    assert error.startswith("stopped by SIGTERM after iteration ") and error.count("\n") == 1
+    assert process.returncode == 128 + number
+    assert error.startswith(f"stopped by {number.name} after iteration ") and error.count("\n") == 1
     step = load_checkpoint(out / "checkpoints" / "last.pt")["step"]
     assert [r["step"] for r in records(out)] == list(range(1, step + 1))
     assert losses(out)[3] == losses(run)[3]
@@ -261,7 +262,8 @@ def test_gradients_are_clipped_by_the_norm_of_all_weights_together(tiny, tmp_pat
     config = load_config(tiny, ["--optim.clip-norm", "1"])
     trainer = Trainer(config, to_dict(config), tmp_path, resume=False, command="test")
     weights = [p for p in trainer.model.parameters() if p.requires_grad]
-    norm = trainer.backward({"loss": torch.stack([(i + 1) * w.sum() for i, w in enumerate(weights)]).sum()})
+    trainer.backward({"loss": torch.stack([(i + 1) * w.sum() for i, w in enumerate(weights)]).sum()})
+    norm = trainer.clip_gradients()
     expected = sum((i + 1) ** 2 * w.numel() for i, w in enumerate(weights)) ** 0.5
     assert norm.item() == pytest.approx(expected, rel=1e-3)  # single precision
     for i, weight in enumerate(weights):  # all by one factor

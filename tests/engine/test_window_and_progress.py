@@ -9,6 +9,7 @@ import torch
 
 from drcnn.engine.progress import Display, MetricsFile, format_time
 from drcnn.engine.window import LossWindow
+from drcnn.errors import TrainingError
 
 CPU = torch.device("cpu")
 
@@ -64,6 +65,36 @@ def test_metrics_file_keeps_what_was_before(tmp_path):
     file.close()
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert records == [{"step": 1, "loss": 1.5}, {"step": 2, "loss": None}, {"step": 3, "loss": 2.5}]
+
+
+@pytest.mark.parametrize(
+    "torn", [b'{"step": 4, "lo', b"", b"\x00" * 99, b"\xff\xfe{", b"[]\n5\n{}\n", b'{"step": 4}']
+)
+def test_metrics_file_after_a_kill_at_any_byte(tmp_path, torn):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2}\n' + torn)
+    file = MetricsFile(path, keep=lambda record: record["step"] <= 2)
+    file.write({"step": 3})
+    file.close()
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_metrics_file_keeps_a_whole_record_without_its_line_end(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}')
+    MetricsFile(path, keep=lambda record: True).close()
+    assert path.read_text() == '{"step": 1}\n'
+
+
+def test_a_record_that_cannot_be_written_is_one_line(tmp_path, monkeypatch):
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    monkeypatch.setattr(file._file, "_file", open("/dev/full", "wb", buffering=0))
+    with pytest.raises(TrainingError, match=r"cannot write .*metrics\.jsonl: No space left on device; free"):
+        file.write({"step": 1})
+    file.close()
+    with pytest.raises(TrainingError, match=r"cannot write .*metrics\.jsonl: "):
+        MetricsFile(tmp_path / "metrics.jsonl" / "metrics.jsonl")
 
 
 def test_plain_lines_away_from_a_terminal(tmp_path, capsys):
