@@ -107,6 +107,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         verify_checksum(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except WeightsError:
+        raise
     except pickle.UnpicklingError as error:
         raise WeightsError(
             f"checkpoint {path} is torn or holds more than plain tensors and numbers; use another checkpoint"

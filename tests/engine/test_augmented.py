@@ -69,7 +69,7 @@ def test_the_plain_view_alone_is_plain_testing(tiny_data, name):
     plain = {}
     for batch in eval_loader(dataset, tiny_data, batch_size=2):
         with torch.no_grad():
-            found = model(batch.images)
+            found = model(batch.images.to("cpu"))
         ids = [int(dataset.image_ids[i]) for i in batch.indices]
         for record in to_coco_results(
             found, batch.images.sizes, batch.original_sizes, ids, dataset.category_ids
