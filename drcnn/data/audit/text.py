@@ -8,6 +8,7 @@ from rich.table import Table
 
 from drcnn.data.audit.checks import Audit
 from drcnn.data.audit.findings import KINDS, Finding
+from drcnn.data.audit.repair import Repair
 from drcnn.data.audit.statistics import Distribution, SplitStatistics
 
 _MOST_CLASSES = 20  # that are shown one by one
@@ -23,8 +24,8 @@ def show(audit: Audit, limit: int) -> RenderableType:
     parts: list[RenderableType] = []
     if audit.splits:
         parts += [_statistics(audit), "", _classes(audit.splits), ""]
-    for kind in KINDS:
-        for severity in ("error", "warning"):
+    for severity in ("error", "warning"):
+        for kind in KINDS:
             found = [f for f in audit.findings if (f.kind, f.severity) == (kind, severity)]
             if found:
                 parts += [_kind(found, limit), ""]
@@ -42,6 +43,17 @@ def headline(audit: Audit) -> str:
         text = f"{len(findings)} {word}{'' if len(findings) == 1 else 's'}" if findings else f"no {word}s"
         counts.append(text + (f" of {kinds} kinds" if kinds > 1 else ""))
     return ", ".join(counts)
+
+
+def show_repairs(repairs: Sequence[Repair], limit: int) -> str:
+    """Returns what was done, at most ``limit`` lines of each kind of finding, marked up for ``rich``."""
+    lines = []
+    for kind in KINDS:
+        done = [repair for repair in repairs if repair.finding.kind == kind and repair.done]
+        lines += [f"  {escape(repair.text())}" for repair in done[:limit]]
+        if len(done) > limit:
+            lines.append(f"  and {len(done) - limit} more repairs of {kind}")
+    return "\n".join(lines)
 
 
 def _statistics(audit: Audit) -> Table:
