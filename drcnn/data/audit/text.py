@@ -73,7 +73,7 @@ def _statistics(audit: Audit) -> Table:
         "crowd regions": [f"{s.crowd}" for s in splits],
         "objects per image": [_range(s.per_image, ".0f") for s in splits],
         "√area, px": [_range(s.sizes, ".0f") for s in splits],
-        "under 32 / 96 / over": [f"{s.small:.0%} / {s.medium:.0%} / {s.large:.0%}" for s in splits],
+        "under 32/96/over": [f"{s.small:.0%}/{s.medium:.0%}/{s.large:.0%}" for s in splits],
         "height / width": [_range(s.aspect_ratios, ".2f") for s in splits],
     }
     if audit.anchors is not None:
@@ -88,7 +88,7 @@ def _range(values: Distribution | None, form: str) -> str:
     if values is None or not values.summary:
         return "-"
     low, middle, high = (format(values.summary[key], form) for key in ("p5", "median", "p95"))
-    return f"{middle} ({low} to {high})"
+    return f"{middle} ({low}-{high})"
 
 
 def _classes(splits: dict[str, SplitStatistics]) -> Table | str:
