@@ -18,8 +18,9 @@ from drcnn.arguments import parse
 from drcnn.command import command
 from drcnn.config import Config, load_config
 from drcnn.data import make_synthetic
-from drcnn.data.audit import AnchorGrid, Audit, audit, config_sources, find_sources, model_anchors, repair
-from drcnn.data.audit.text import headline, show
+from drcnn.data.audit import AnchorGrid, Audit, audit, config_sources, find_sources, model_anchors
+from drcnn.data.audit.repair import check_new, repair
+from drcnn.data.audit.text import headline, show, show_repairs
 from drcnn.data.source import Source
 from drcnn.engine.countdown import Countdown
 from drcnn.errors import ConfigError
@@ -71,14 +72,14 @@ def main(argv: list[str]) -> int:
             parse(CheckArguments, ["--help"], PROGRAM, DESCRIPTION)
         return 0
     arguments, overrides = parse(CheckArguments, argv, PROGRAM, DESCRIPTION, rest=True)
-    for name in ("short_side", "max_size", "threads", "limit"):
+    for name, least in (("short_side", 1), ("max_size", 1), ("threads", 1), ("limit", 0)):
         value = getattr(arguments, name)
-        if value is not None and value < (name != "limit"):
-            raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        if value is not None and value < least:
+            raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     if not arguments.data:
         raise ConfigError("no data given; pass a config, a COCO json, a VOC folder or a YOLO yaml")
-    if arguments.fix and Path(arguments.fix).exists() and any(Path(arguments.fix).iterdir()):
-        raise ConfigError(f"{arguments.fix} is not empty; pass the name of a new folder to --fix")
+    if arguments.fix:
+        check_new(Path(arguments.fix))
     found, masks = check(arguments, overrides)
     quiet = arguments.json == "-"
     write_json(arguments.json, found)
@@ -90,9 +91,7 @@ def main(argv: list[str]) -> int:
         repairs, found = repair(found, Path(arguments.fix), masks=masks)
         done = sum(bool(repaired.done) for repaired in repairs)
         if not quiet:
-            for repaired in repairs:
-                if repaired.done:
-                    console.print(repaired.text(), markup=False)
+            console.print(show_repairs(repairs, arguments.limit))
             print(f"{arguments.fix}: {done} repairs, listed in repairs.json; {headline(found)}")
     return 1 if found.errors else 0
 

@@ -60,8 +60,7 @@ def repair(audit: Audit, out: Path, *, masks: bool = False) -> tuple[list[Repair
     Raises:
         ConfigError: ``out`` is not empty or cannot be written.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"{out} is not empty; pass the name of a new folder to --fix")
+    check_new(out)
     data = {content.name: pickle.loads(pickle.dumps(content.data)) for content in audit.contents}
     repairs: list[Repair] = []
     current, pictures = audit, audit.pictures
@@ -83,6 +82,12 @@ def repair(audit: Audit, out: Path, *, masks: bool = False) -> tuple[list[Repair
     except OSError as error:
         raise ConfigError(f"cannot write to {out}: {error.strerror or error}; pass another --fix") from None
     return repairs, current
+
+
+def check_new(out: Path) -> None:
+    """Raises ConfigError if ``out`` is anything but a folder that is empty or not there yet."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} is not empty; pass the name of a new folder to --fix")
 
 
 def _renewed(content: SplitContent, data: dict[str, Any]) -> SplitContent:
@@ -185,10 +190,9 @@ def _clip(split: _Split, record: dict, finding: Finding) -> str:
     right, bottom = min(x + width, size[1]), min(y + height, size[0])
     if right <= left or bottom <= top:
         return "removed, as nothing of it is in the image"
-    clipped = [left, top, right - left, bottom - top]
-    if clipped == record["bbox"]:
+    if (left, top, right, bottom) == (x, y, x + width, y + height):
         return ""  # the image's size was corrected before
-    record["bbox"] = clipped
+    clipped = record["bbox"] = [round(value, 2) for value in (left, top, right - left, bottom - top)]
     if "segmentation" not in record:
         record.pop("area", None)
     return f"clipped to {clipped} (x, y, width, height)"

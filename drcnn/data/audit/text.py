@@ -8,6 +8,7 @@ from rich.table import Table
 
 from drcnn.data.audit.checks import Audit
 from drcnn.data.audit.findings import KINDS, Finding
+from drcnn.data.audit.repair import Repair
 from drcnn.data.audit.statistics import Distribution, SplitStatistics
 
 _MOST_CLASSES = 20  # that are shown one by one
@@ -23,8 +24,8 @@ def show(audit: Audit, limit: int) -> RenderableType:
     parts: list[RenderableType] = []
     if audit.splits:
         parts += [_statistics(audit), "", _classes(audit.splits), ""]
-    for kind in KINDS:
-        for severity in ("error", "warning"):
+    for severity in ("error", "warning"):
+        for kind in KINDS:
             found = [f for f in audit.findings if (f.kind, f.severity) == (kind, severity)]
             if found:
                 parts += [_kind(found, limit), ""]
@@ -44,6 +45,17 @@ def headline(audit: Audit) -> str:
     return ", ".join(counts)
 
 
+def show_repairs(repairs: Sequence[Repair], limit: int) -> str:
+    """Returns what was done, at most ``limit`` lines of each kind of finding, marked up for ``rich``."""
+    lines = []
+    for kind in KINDS:
+        done = [repair for repair in repairs if repair.finding.kind == kind and repair.done]
+        lines += [f"  {escape(repair.text())}" for repair in done[:limit]]
+        if len(done) > limit:
+            lines.append(f"  and {len(done) - limit} more repairs of {kind}")
+    return "\n".join(lines)
+
+
 def _statistics(audit: Audit) -> Table:
     title = (
         f"At the network input of short side {audit.short_side}, at most {audit.max_size} px; "
@@ -61,7 +73,7 @@ def _statistics(audit: Audit) -> Table:
         "crowd regions": [f"{s.crowd}" for s in splits],
         "objects per image": [_range(s.per_image, ".0f") for s in splits],
         "√area, px": [_range(s.sizes, ".0f") for s in splits],
-        "under 32 / 96 / over": [f"{s.small:.0%} / {s.medium:.0%} / {s.large:.0%}" for s in splits],
+        "under 32/96/over": [f"{s.small:.0%}/{s.medium:.0%}/{s.large:.0%}" for s in splits],
         "height / width": [_range(s.aspect_ratios, ".2f") for s in splits],
     }
     if audit.anchors is not None:
@@ -76,7 +88,7 @@ def _range(values: Distribution | None, form: str) -> str:
     if values is None or not values.summary:
         return "-"
     low, middle, high = (format(values.summary[key], form) for key in ("p5", "median", "p95"))
-    return f"{middle} ({low} to {high})"
+    return f"{middle} ({low}-{high})"
 
 
 def _classes(splits: dict[str, SplitStatistics]) -> Table | str:
