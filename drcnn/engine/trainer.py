@@ -385,6 +385,7 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
         self.window.load_state_dict(state["window"])
         self.step, self.since_best = int(state["step"]), int(state.get("since_best", 0))
+        set_lr(self.optimizer, lr_at(self.config.optim, self.step - 1, self.config.data.batch_size))
         self.position = int(state.get("position", self.step))
         # An earlier drcnn saved last.pt after the evaluations, but for that of the last iteration.
         self.evaluated = int(state.get("evaluated", self.step if self.step < iterations else 0))
