@@ -159,7 +159,7 @@ def build_optimizer(
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Restores the running means and the learning rate of an optimizer; its other settings stay its config's.
+    """Restores the running means of an optimizer, whose settings stay those of its config.
 
     Args:
         optimizer (Optimizer): as :func:`build_optimizer` made it.
@@ -167,8 +167,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
     """
     saved = state["param_groups"]
     # Before loading: whether AdamW is fused says on which device its count of steps must lie.
-    kept = [{name: group[name] for name in ("params", "lr")} for group in saved]
-    groups = [own | old for own, old in zip(optimizer.param_groups, kept, strict=True)]
+    groups = [g | {"params": s["params"]} for g, s in zip(optimizer.param_groups, saved, strict=True)]
     optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
 
 

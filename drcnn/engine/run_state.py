@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from drcnn import __version__
 from drcnn.engine import distributed
 from drcnn.engine.checkpoint import FORMAT, changed_settings, matching_best
-from drcnn.engine.optim import load_optimizer
+from drcnn.engine.optim import load_optimizer, lr_at, set_lr
 
 if TYPE_CHECKING:
     from drcnn.engine.trainer import Trainer
@@ -55,6 +55,9 @@ def restore_state(trainer: "Trainer", state: dict[str, Any]) -> None:
     if ranks != trainer.world_size:  # floating-point numbers are added in another order
         trainer.changes.append(f"ranks {ranks} -> {trainer.world_size}")
     trainer.step = int(state["step"])
+    # As the last iteration left it, though the next one sets its own.
+    lr = lr_at(trainer.config.optim, max(0, trainer.step - 1), trainer.config.data.batch_size)
+    set_lr(trainer.optimizer, lr)
     trainer.since_best = int(state.get("since_best", 0))
     trainer.position = int(state.get("position", trainer.step))
     # An earlier drcnn saved last.pt after the evaluations, but for that of the last iteration.

@@ -3,10 +3,10 @@
     python killing.py PLAN
 
 PLAN is a json file: the `arguments` of the verb, two folders for the runs `unbroken` and `killed`, and the
-`moments` at which the second is killed by SIGKILL, to be resumed in another child. A moment is the `step`
-which, or a later one, the child must tell of; with `writing`, the checkpoint whose new file must be there
-then; and how long to `wait` after that, in iterations. In the end both runs are complete. Printed is, as
-json, what stood in the folder of checkpoints right after each kill.
+`moments` at which the second is killed by SIGKILL, to be resumed in another child. A moment comes when the
+child has told of a `step`, or a later one; then, if they are given, has `said` a text, or is `writing` a
+checkpoint, or has gone on for as many iterations as it is to `wait`, at most to its next line. In the end
+both runs are complete. Printed is, as json, what stood in the folder of checkpoints right after each kill.
 """
 
 import json
@@ -60,7 +60,7 @@ class Child:
         """What it has said."""
         return self.output.read_text() if self.output.exists() else ""
 
-    def wait_until(self, condition, moment: dict, pause: float) -> None:
+    def wait_until(self, condition, moment: dict, pause: float = 0.002) -> None:
         """Returns as soon as the condition holds."""
         end = time.monotonic() + LONGEST
         while not condition():
@@ -70,10 +70,14 @@ class Child:
 
     def kill_at(self, moment: dict, checkpoints: Path, pace: float) -> list[str]:
         """Kills it at a moment; gives the names in the folder of checkpoints."""
-        self.wait_until(lambda: self.step() >= moment["step"], moment, 0.002)
-        if "writing" in moment:
-            self.wait_until((checkpoints / f".{moment['writing']}.tmp").exists, moment, 0)
-        time.sleep(moment["wait"] * pace)
+        self.wait_until(lambda: self.step() >= moment["step"], moment)
+        reached, end = self.step(), time.monotonic() + moment.get("wait", 0) * pace
+        if "said" in moment:
+            self.wait_until(lambda: moment["said"] in self.text(), moment)
+        elif "writing" in moment:
+            self.wait_until((checkpoints / f".{moment['writing']}.tmp").exists, moment, pause=0)
+        else:
+            self.wait_until(lambda: time.monotonic() >= end or self.step() > reached, moment)
         os.kill(self.number, signal.SIGKILL)
         _, status = os.waitpid(self.number, 0)
         assert os.WIFSIGNALED(status), f"ended before {moment}: {self.text()}"

@@ -123,7 +123,7 @@ def test_adamw_equals_its_equations():
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_a_restored_optimizer_continues_bit_for_bit_in_its_own_form(name, scaled, tmp_path):
+def test_a_restored_optimizer_continues_bit_for_bit_with_its_own_settings(name, scaled, tmp_path):
     inputs = torch.rand(4, 8)
 
     def begin(lr):
@@ -140,7 +140,8 @@ def test_a_restored_optimizer_continues_bit_for_bit_in_its_own_form(name, scaled
     again.load_state_dict(state["model"])
     load_optimizer(restored, state["optimizer"])
     (group,) = restored.param_groups
-    assert group["lr"] == pytest.approx(0.1 / 3) and group["fused"] == (scaled or None)
+    assert group["lr"] == pytest.approx(0.2 / 3) and group["fused"] == (scaled or None)
+    set_lr(restored, optimizer.param_groups[0]["lr"])
     train(again, restored, 4, inputs)
     assert torch.equal(again.weight, model.weight) and torch.equal(again.bias, model.bias)
 

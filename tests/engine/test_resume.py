@@ -19,15 +19,14 @@ MEASURED = ("time_per_step", "data_time", "memory_mb")
 def random_moments() -> list[dict]:
     """Twenty moments in the order in which a run of 60 iterations comes to them."""
     generator = np.random.default_rng(20)
-    moments = [{"step": 0, "wait": 0.0}]  # before there is a checkpoint
+    moments = [{"step": 0}]  # before there is a checkpoint
     for step in np.sort(generator.integers(1, 54, KILLS - 7)).tolist():
         moments.append({"step": step, "wait": generator.uniform(0, 3)})
-    for step in (5, 28, 41):
-        moments.append({"step": step, "wait": 0.0, "writing": "last.pt"})
-    moments.append({"step": 16, "wait": 0.0, "writing": "best.pt"})
+    for step, name in ((5, "last.pt"), (16, "best.pt"), (28, "last.pt"), (41, "last.pt")):
+        moments.append({"step": step, "writing": name})
     moments.sort(key=lambda moment: moment["step"])
-    # The last iteration is done: before, in and after the evaluation of its weights.
-    return [*moments, {"step": 60, "wait": 0.0}, {"step": 60, "wait": 0.5}]
+    # The last iteration is done: after the evaluation of its weights, and before that of the best.
+    return [*moments, {"step": 60, "said": "step 60  val"}, {"step": 60, "said": "weights of step"}]
 
 
 @pytest.fixture(scope="module")
