@@ -1,4 +1,4 @@
-"""The ``drcnn`` command: ``drcnn train``, ``eval``, ``predict``, ``convert``, ``plot`` and ``doctor``."""
+"""The ``drcnn`` command: ``drcnn train``, ``eval``, ``predict``, ``convert``, ``report``, ``plot`` and ``doctor``."""
 
 import difflib
 import importlib
@@ -12,6 +12,7 @@ VERBS = {
     "eval": "evaluate a trained detector on a split of a data set",
     "predict": "detect objects in a file, a folder or a glob of images",
     "convert": "turn weights of any known system into one safetensors file",
+    "report": "write one html page about one or more runs",
     "plot": "draw losses, T and beta, and AP of one or more runs",
     "doctor": "say what is installed, what was built and what to do about each lack",
 }

@@ -19,7 +19,7 @@ LAYERS = [
     {"data"},
     {"engine"},
     {"command", "config", "loading", "arguments"},
-    {"presets", "sparse_presets", "cli", "train", "eval", "predict", "convert", "plot", "doctor"},
+    {"presets", "sparse_presets", "cli", "train", "eval", "predict", "convert", "plot", "report", "doctor"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

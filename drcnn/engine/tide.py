@@ -104,7 +104,9 @@ def judge(image: ImageOverlaps, iou_threshold: float = 0.5, background_iou: floa
     ]
     order = ("localisation", "classification", "duplicate", "background")
     kinds = np.select(rules, [CORRECT, *(_code(kind) for kind in order)], _code("both"))
-    meant = np.select([kinds == _code("localisation"), kinds == _code("classification")], [nearest, mistaken], -1)
+    meant = np.select(
+        [kinds == _code("localisation"), kinds == _code("classification")], [nearest, mistaken], -1
+    )
     repaired = np.full(detections, -1)
     for truth in np.flatnonzero(~taken):
         (candidates,) = np.nonzero(meant == truth)
@@ -196,7 +198,9 @@ def _mean(class_ap: np.ndarray) -> float:
     return float(known.mean()) if known.size else 0.0
 
 
-def _class_ap(labels: np.ndarray, scores: np.ndarray, correct: np.ndarray, positives: np.ndarray) -> np.ndarray:
+def _class_ap(
+    labels: np.ndarray, scores: np.ndarray, correct: np.ndarray, positives: np.ndarray
+) -> np.ndarray:
     """AP of each class; NaN where there is neither a ground truth nor a detection, 0 without the first."""
     found = np.full(len(positives), np.nan)
     for label, count in enumerate(positives):
