@@ -1,4 +1,4 @@
-"""The ``drcnn`` command: ``drcnn train``, ``eval``, ``predict``, ``convert``, ``report``, ``plot`` and ``doctor``."""
+"""The ``drcnn`` command: ``drcnn train``, ``eval``, ``predict``, ``report`` and the other verbs."""
 
 import difflib
 import importlib

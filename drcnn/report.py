@@ -23,7 +23,7 @@ from drcnn.loading import read_state, restore
 
 PROGRAM = "drcnn report"
 DESCRIPTION = (
-    "Writes one html page about runs, to be opened in any browser without a network: curves, AP by class and size, "
+    "Writes one html page about runs, for any browser, without a network: curves, AP by class and size, "
     "precision and recall, kinds of errors (TIDE), confusion matrix, calibration, the best and worst images, "
     "settings that differ. Several runs are shown over each other. "
     "Needs plotly: pip install 'drcnn[report]'.\n\n"
@@ -48,7 +48,7 @@ class ReportArguments:
     """Analyse detections. They are read from RUN/eval/results_SPLIT.json, which drcnn eval writes; without
     that file, or when the weights are newer, the best weights are evaluated and the file is written."""
     images: int = 24
-    """Number of images to show of each data set: a half of the worst, a quarter of the best, the rest by error."""
+    """Number of images to show: a half of the worst, a quarter of the best, the rest by kind of error."""
     image_side: int = 640
     """Longest side of an image in the page, in pixels."""
     iou_type: Literal["bbox", "segm"] = "bbox"
@@ -87,12 +87,11 @@ def main(argv: list[str]) -> int:
     out = Path(arguments.out or (folders[0] / "report.html" if len(folders) == 1 else "report.html"))
     runs = [read_run(h, folder, arguments) for h, folder in zip(histories, folders, strict=True)]
     sections = sections_of(runs, arguments.images, arguments.image_side)
-    title = histories[0].name if len(runs) == 1 else f"{len(runs)} runs"
+    names = [history.name for history in histories]
+    title = ", ".join(names) if len(names) < 4 else f"{names[0]} and {len(names) - 1} other runs"
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        size = write_page(
-            out, f"{title}: report", subtitle(runs, arguments), [h.name for h in histories], sections
-        )
+        size = write_page(out, f"Report of {title}", subtitle(runs, arguments), names, sections)
     except OSError as error:
         raise ConfigError(f"cannot write {out}: {error.strerror or error}; pass another --out") from None
     print(f"written: {out} ({size / 1e6:.1f} MB)")
@@ -114,7 +113,7 @@ def subtitle(runs: list[Any], arguments: ReportArguments) -> str:
     judged = [run for run in runs if run.analysis is not None]
     if not judged:
         return "training curves and settings; detections were not analysed"
-    data = dict.fromkeys(f"{len(run.dataset)} images of {run.config['data']['root']}" for run in judged)
+    data = dict.fromkeys(f"{len(run.dataset)} images of {run.dataset.annotation_file}" for run in judged)
     kind = "boxes" if arguments.iou_type == "bbox" else "masks"
     return f"{kind} on the {arguments.split} split: {'; '.join(data)}"
 

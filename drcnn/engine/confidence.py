@@ -1,4 +1,4 @@
-"""What the scores of detections are worth: how often they are right, and from which score on to trust them."""
+"""What scores are worth: how often detections are right, and from which score on to trust them."""
 
 from dataclasses import dataclass
 

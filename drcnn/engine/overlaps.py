@@ -1,4 +1,4 @@
-"""Ground truths and detections of each image, and how far they overlap: what the analyses of errors begin with."""
+"""Ground truths and detections of each image, and how far they overlap."""
 
 import os
 from collections import defaultdict

@@ -1,9 +1,10 @@
 """What kinds of errors a detector makes and what each costs in AP.
 
-Bolya, Foley, Hays and Hoffman, "TIDE: A General Toolbox for Identifying Object Detection Errors", ECCV 2020,
-arXiv 2008.08115: section 2.2 defines the kinds, 2.3 the weight of each, dAP: the AP that is won when an oracle
-repairs all errors of that kind and no other. Details (ties, crowd regions, what is averaged) are those of the
-authors' package ``tidecv``, so that the numbers are the same; there they are in points, 100 times ours.
+Bolya, Foley, Hays and Hoffman, "TIDE: A General Toolbox for Identifying Object Detection Errors",
+ECCV 2020, arXiv 2008.08115: section 2.2 defines the kinds, 2.3 the weight of each, dAP: the AP that is won
+when an oracle repairs all errors of that kind and no other. Details (ties, crowd regions, what is averaged) are
+those of the authors' package ``tidecv``, so that the numbers are the same; there they are in points, 100 times
+ours.
 """
 
 from collections.abc import Sequence
@@ -29,8 +30,8 @@ class Verdicts:
         kinds (int64 array [D]): 0 for a correct detection, else 1 + place in ``KINDS``.
         matches (int64 array [D]): the ground truth that a correct detection found; -1 for others.
         ignored (bool array [D]): inside a crowd region of their class, counted neither for nor against.
-        repaired (int64 array [D]): label that the detection would have as the best one for a ground truth that
-            was not found, if its class or place were right; -1 for all others.
+        repaired (int64 array [D]): label that the detection would have as the best one for a ground truth
+            that was not found, if its class or place were right; -1 for all others.
         missed (bool array [G]): ground truths that are neither found nor meant by a repaired detection.
     """
 
@@ -46,7 +47,7 @@ class ErrorBreakdown:
     """Errors of a detector by kind.
 
     Attributes:
-        ap: mean AP at the IoU threshold, in 0..1; also classes that have detections but no ground truth count.
+        ap: mean AP at the IoU threshold, in 0..1; classes with detections but no ground truth count as 0.
         class_ap (float64 array [K]): AP by class; NaN without ground truths and detections.
         cost: dAP of each kind of ``KINDS``, and of "missed": AP won when an oracle repairs it, at least 0.
         false_positive: AP won when no false detection has a higher score than a correct one.

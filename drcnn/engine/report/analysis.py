@@ -103,7 +103,7 @@ def analyse(
     annotation_ids: Iterable[int] | None = None,
     iou_type: str = "bbox",
 ) -> Analysis:
-    """Judges COCO-format results; arguments and errors as of :func:`drcnn.engine.metrics.evaluate_results`."""
+    """Judges COCO-format results, with arguments and errors as of ``evaluate_results``."""
     opened = open_results(content, results, image_ids, iou_type, annotation_ids)
     precision, _ = accumulate(opened, iou_type)
     images = overlaps_of(opened, iou_type)

@@ -44,8 +44,8 @@ def gallery_section(
         "pictures": pictures,
     }
     intro = (
-        "The images with the least and the greatest F1, and those with the most errors of each kind. Verdicts are "
-        "those of the section on kinds of errors; the score slider begins at the best F1 of the run."
+        "The images with the least and the greatest F1, and those with the most errors of a kind. Verdicts "
+        "are those of the section on kinds of errors; the score slider begins at the best F1 of the run."
     )
     return Section("images", "Best and worst images", intro=intro, gallery=content)
 

@@ -25,8 +25,8 @@ def errors_section(analyses: Analyses) -> Section:
     """Kinds of errors and what each costs."""
     meanings = "; ".join(f"{kind}: {text}" for kind, text in MEANINGS.items())
     intro = (
-        "Errors at IoU 0.5 after TIDE (Bolya et al., 2020). dAP is the AP50, in points, that would be won if all "
-        f"errors of that kind, and no others, were repaired. {meanings[0].upper()}{meanings[1:]}."
+        "Errors at IoU 0.5 after TIDE (Bolya et al., 2020). dAP is the AP50, in points, that would be won if "
+        f"all errors of that kind, and no others, were repaired. {meanings[0].upper()}{meanings[1:]}."
     )
     return Section(
         "errors", "Kinds of errors", [_costs(analyses), _cost_table(analyses), _by_class(analyses)], intro
@@ -63,8 +63,8 @@ def _cost_table(analyses: Analyses) -> Panel:
         rows.append((number, [run, "false negatives", None, 100 * errors.false_negative]))
     base = "; ".join(f"{run} {100 * a.errors.ap:.1f}" for _, run, a in analyses)
     note = (
-        f"AP50 of what is repaired: {base}. A false positive is any wrong detection, a false negative any object "
-        "not found; repairing these two raises precision or recall alone."
+        f"AP50 of what is repaired: {base}. A false positive is any wrong detection, a false negative any "
+        "object not found; repairing these two raises precision or recall alone."
     )
     heads = ["run", "kind", "errors", "dAP"]
     return Panel("table", "Counts and costs", {"": table(heads, rows, digits=2, heat=[3])}, note=note)
@@ -126,9 +126,9 @@ def confusion_section(analyses: Analyses) -> Section:
         )
     scores = "; ".join(f"{run} {analysis.sweep.best:.2f}" for _, run, analysis in analyses)
     note = (
-        "Objects by class (row) and the class they were given (column), paired by IoU ≥ 0.5 alone; shaded by share "
-        "of the row. Last column: not found. Last row: found where nothing is. Detections from the score of the "
-        f"best F1: {scores}."
+        "Objects by class (row) and the class they were given (column), paired by IoU ≥ 0.5 alone; shaded by "
+        "share of the row. Last column: not found. Last row: found where nothing is. Detections from the "
+        f"score of the best F1: {scores}."
     )
     classes = max(len(analysis.names) for _, _, analysis in analyses)
     selects = [("Run", [run for _, run, _ in analyses])]
@@ -168,8 +168,9 @@ def _calibration(analyses: Analyses) -> list[Panel]:
         )
     errors = "; ".join(f"{run} {analysis.calibration.error:.3f}" for _, run, analysis in analyses)
     note = (
-        "Share of the detections of a score that are correct at IoU 0.5; on the diagonal scores are probabilities, "
-        f"below it they promise too much. Marks are as large as they stand for many. Expected calibration error: {errors}."
+        "Share of the detections of a score that are correct at IoU 0.5; on the diagonal scores are "
+        "probabilities, below it they promise too much. The more detections, the larger the mark. Expected "
+        f"calibration error: {errors}."
     )
     figure = chart(
         traces,

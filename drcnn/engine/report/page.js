@@ -105,7 +105,7 @@ function drawTable(item) {
   const numeric = columns.map((_, c) => rows.some((row) => typeof row.cells[c] === "number"));
   const whole = columns.map((_, c) => rows.every((row) => row.cells[c] === null || Number.isInteger(row.cells[c])));
   const integral = columns.map((_, c) => whole[c] && !heat.includes(c));
-  const most = columns.map((_, c) => Math.max(1e-9, ...rows.map((row) => row.cells[c] ?? 0).filter(Number.isFinite)));
+  const most = Math.max(1e-9, ...rows.flatMap((row) => heat.map((c) => row.cells[c] ?? 0)));
   const head = make("tr", {}, ...columns.map((name, c) => {
     const button = make("button", { type: "button" }, name);
     button.addEventListener("click", () => {
@@ -125,7 +125,7 @@ function drawTable(item) {
     }
     cell.append(text);
     if (heat.includes(c) && typeof value === "number") {
-      cell.style.background = `rgba(var(--heat), ${(0.42 * Math.max(0, value) / most[c]).toFixed(3)})`;
+      cell.style.background = `rgba(var(--heat), ${(0.42 * Math.max(0, value) / most).toFixed(3)})`;
     }
     return cell;
   })));

@@ -1,15 +1,14 @@
 """How runs were made: settings and their differences, commands, environment."""
 
-import platform
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
+import plotly
 
 from drcnn.engine.report.page import Panel, Section, table
+from drcnn.engine.summary import describe_software
 
 _HEAD = re.compile(r"(command|model|data|schedule|device|operators|software): (.*)")
 _PROGRESS = re.compile(r"step \d+")
@@ -73,20 +72,9 @@ def settings_section(runs: Sequence[tuple[int, str, dict, list[tuple[str, str]]]
     }
     panels = [Panel("table", "Settings", content, [("Show", options)], wide=True)]
     said = [(number, [name, word, text]) for number, name, _, head in runs for word, text in head]
-    said += [(None, ["this page", word, text]) for word, text in _environment()]
-    note = "As each run's log says at its start; the last lines are of the machine that made this page."
+    said.append((None, ["this page", "software", f"{describe_software()}, plotly {plotly.__version__}"]))
+    note = "As each run's log says at its start; the last line is of the machine that made this page."
     panels.append(
         Panel("table", "Command and environment", {"": table(["of", "", "text"], said)}, note=note, wide=True)
     )
     return Section("settings", "Settings and environment", panels)
-
-
-def _environment() -> list[tuple[str, str]]:
-    from plotly import __version__ as plotly_version
-
-    from drcnn import __version__
-
-    versions = (
-        f"drcnn {__version__}, torch {torch.__version__}, numpy {np.__version__}, plotly {plotly_version}"
-    )
-    return [("software", f"{versions}, Python {platform.python_version()}"), ("system", platform.platform())]

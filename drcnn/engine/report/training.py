@@ -35,14 +35,14 @@ def training_section(runs: Runs) -> Section | None:
     panels += _precisions(runs)
     shown = [panel for panel in panels if panel is not None]
     intro = (
-        "As logged: means since the record before. Where there are many records, the thin line is as logged and "
-        "the thick one its running mean."
+        "As logged: means since the record before. Where there are many records, the thin line is as logged "
+        "and the thick one its running mean."
     )
     return Section("training", "Training curves", shown, intro) if shown else None
 
 
 def _lines(runs: Runs, name: str, title: str, unit: str, least: float | None, *, noisy: bool) -> Panel | None:
-    """One value of all runs; the stages of a detector are shades of its run's colour, the last the darkest."""
+    """One value of all runs; stages are shades of the run's colour, the last the darkest."""
     traces = []
     stages = max((len(history.stages(name)) for _, history in runs), default=0)
     for number, history in runs:
@@ -57,9 +57,22 @@ def _lines(runs: Runs, name: str, title: str, unit: str, least: float | None, *,
             traces.append(_line(number, mean, label, opacity=opacity))
     if not traces:
         return None
-    axis = {"title": {"text": unit}} | ({"rangemode": "tozero"} if least == 0.0 else {})
+    axis = {"title": {"text": unit}} | ({"rangemode": "tozero"} if least == 0.0 else _room(traces))
     note = f"{stages} stages, from light to dark." if stages > 1 else ""
-    return Panel("chart", title, {"": chart(traces, yaxis=axis)}, note=note)
+    return Panel("chart", title, {"": _chart(traces, yaxis=axis)}, note=note)
+
+
+def _chart(traces: Sequence[dict], **layout: Any) -> dict[str, Any]:
+    """A chart over iterations, which begin at 0."""
+    last = max((trace["x"][-1] for trace in traces if trace["x"]), default=1)
+    return chart(traces, xaxis={"range": [0, 1.03 * last]}, hovermode="x unified", **layout)
+
+
+def _room(traces: Sequence[dict]) -> dict[str, Any]:
+    """An axis on which a threshold that hardly moves looks so."""
+    values = [value for trace in traces for value in trace["y"] if value is not None]
+    middle = (min(values) + max(values)) / 2 if values else 0.0
+    return {} if not values or max(values) - min(values) >= 0.1 else {"range": [middle - 0.1, middle + 0.1]}
 
 
 def _line(number: int, curve: Curve, label: str, *, width: float = 2, **look: Any) -> dict[str, Any]:
@@ -94,7 +107,7 @@ def _shares(number: int, history: History, named: bool) -> Panel | None:
     title = f"Loss by size of object, {history.name}" if named else "Loss by size of object"
     axis = {"range": [0, 1], "tickformat": ".0%", "title": {"text": "share of the box loss"}}
     note = "Grey: share of the iterations that trained on collages." if len(traces) > len(SIZES) else ""
-    return Panel("chart", title, {"": chart(traces, yaxis=axis, showlegend=True)}, note=note)
+    return Panel("chart", title, {"": _chart(traces, yaxis=axis, showlegend=True)}, note=note)
 
 
 def _block(history: History, name: str) -> int:
@@ -117,7 +130,7 @@ def _decisions(runs: Runs) -> Panel | None:
         "Solid: r_t, the share of the loss that small objects have. Dotted: share of the iterations on "
         "collages, which follow an iteration whose r_t is below the threshold."
     )
-    return Panel("chart", "DST decisions", {"": chart(traces, yaxis=axis)}, note=note)
+    return Panel("chart", "DST decisions", {"": _chart(traces, yaxis=axis)}, note=note)
 
 
 def _precisions(runs: Runs) -> list[Panel]:
@@ -135,7 +148,7 @@ def _precisions(runs: Runs) -> list[Panel]:
             if traces:
                 title = "mAP of VOC" if names == VOC else "AP" if len(names) > 1 else names[0]
                 axis = {"rangemode": "tozero", "title": {"text": "points"}}
-                figure = chart(traces, yaxis=axis, showlegend=len(names) > 1)
+                figure = _chart(traces, yaxis=axis, showlegend=len(names) > 1)
                 note = "Open marks: other splits than val, once, with the best weights."
                 hollow = any(t["mode"] == "markers" and "open" in str(t["marker"]) for t in traces)
                 panels.append(Panel("chart", f"{title} of {kind}", {"": figure}, note=note if hollow else ""))
