@@ -2,9 +2,9 @@
 
 Bolya, Foley, Hays and Hoffman, "TIDE: A General Toolbox for Identifying Object Detection Errors",
 ECCV 2020, arXiv 2008.08115: section 2.2 defines the kinds, 2.3 the weight of each, dAP: the AP that is won
-when an oracle repairs all errors of that kind and no other. Details (ties, crowd regions, what is averaged) are
-those of the authors' package ``tidecv``, so that the numbers are the same; there they are in points, 100 times
-ours.
+when an oracle repairs all errors of that kind and no other. Details (ties, crowd regions, what is averaged)
+are those of the authors' package ``tidecv``, so that the numbers are the same; there they are in points, 100
+times ours.
 """
 
 from collections.abc import Sequence
