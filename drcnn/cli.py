@@ -1,4 +1,4 @@
-"""The ``drcnn`` command: ``drcnn train``, ``eval``, ``check``, ``predict`` and the other verbs."""
+"""The ``drcnn`` command: ``drcnn train``, ``eval``, ``check``, ``report`` and the other verbs."""
 
 import difflib
 import importlib
@@ -14,6 +14,7 @@ VERBS = {
     "compare": "AP differences of two runs with confidence intervals",
     "predict": "detect objects in a file, a folder or a glob of images",
     "convert": "turn weights of any known system into one safetensors file",
+    "report": "write one html page about one or more runs",
     "plot": "draw losses, T and beta, and AP of one or more runs",
     "doctor": "say what is installed, what was built and what to do about each lack",
 }

@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 import json
+import random
 import shutil
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -183,3 +184,61 @@ def tiny_content(tiny_coco):
         return content, tiny_coco / "images" / split
 
     return content
+
+
+@pytest.fixture(scope="session")
+def make_results():
+    """Function that makes up results for COCO content: most objects found, with errors of every kind."""
+
+    def make(content: dict, seed: int = 0, digits: int = 2) -> list[dict]:
+        chance = random.Random(seed)
+        classes = [category["id"] for category in content["categories"]]
+        results = []
+
+        def add(image: int, category: int, box: list[float], score: float) -> None:
+            kept = round(min(max(score, 0.01), 0.99), digits)  # few digits: many have the same score
+            results.append({"image_id": image, "category_id": category, "bbox": box, "score": kept})
+
+        for record in content["annotations"]:
+            if chance.random() < 0.15:
+                continue
+            x, y, width, height = record["bbox"]
+            spread = 0.25 if chance.random() < 0.2 else 0.05
+            moved = [chance.gauss(0.0, spread) for _ in range(4)]
+            sides = [width * max(0.3, 1 + moved[2]), height * max(0.3, 1 + moved[3])]
+            box = [x + moved[0] * width, y + moved[1] * height, *sides]
+            category = chance.choice(classes) if chance.random() < 0.2 else record["category_id"]
+            add(record["image_id"], category, box, chance.gauss(0.7, 0.2))
+            if chance.random() < 0.2:
+                add(record["image_id"], category, [box[0] + 1, *box[1:]], chance.gauss(0.4, 0.2))
+        for image in content["images"]:
+            for _ in range(chance.randrange(3)):
+                sides = [image[side] * chance.uniform(0.1, 0.3) for side in ("width", "height")]
+                corner = [
+                    chance.uniform(0, image[s] - v) for s, v in zip(("width", "height"), sides, strict=True)
+                ]
+                add(image["id"], chance.choice(classes), corner + sides, chance.uniform(0.05, 0.6))
+        return results
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def made_up_content() -> dict:
+    """Annotations of 40 images without files: 4 classes, crowded, some objects of one image overlapping."""
+    chance = random.Random(1)
+    images = [{"id": i, "width": 200, "height": 150, "file_name": f"{i}.jpg"} for i in range(1, 41)]
+    records = []
+    for image in images[:-3]:  # the last three have no object
+        for _ in range(chance.randrange(1, 9)):
+            width, height = chance.randrange(10, 120), chance.randrange(10, 100)
+            box = [chance.randrange(0, 200 - width), chance.randrange(0, 150 - height), width, height]
+            crowd = int(chance.random() < 0.1)
+            own = {
+                "id": len(records) + 1,
+                "image_id": image["id"],
+                "category_id": chance.choice((2, 3, 5, 7)),
+            }
+            records.append({**own, "bbox": box, "area": width * height, "iscrowd": crowd})
+    categories = [{"id": i, "name": f"class {i}"} for i in (2, 3, 5, 7, 9)]  # nothing is of the last
+    return {"images": images, "annotations": records, "categories": categories}

@@ -30,6 +30,7 @@ LAYERS = [
         "predict",
         "convert",
         "plot",
+        "report",
         "doctor",
     },
 ]

@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
-from drcnn.engine.curves import Curve, History
+from drcnn.engine.curves import EXACT, NOISY, PRECISIONS, SMOOTHED_FROM, VOC, Curve, History, loss_title
 from drcnn.errors import ConfigError
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#333333")
@@ -49,32 +49,6 @@ STYLE = {
     "svg.hashsalt": "drcnn",
 }
 COLUMNS = 3
-SMOOTHED_FROM = 60
-"""Records from which a noisy curve is drawn with its running mean."""
-
-EXACT = {
-    "lr": ("Learning rate", "", 0.0),
-    "iou_threshold": ("T_now, threshold of label assignment", "IoU", None),
-    "beta": ("beta_now of SmoothL1", "in encoded deltas", 0.0),
-    "expert_temperature": ("Temperature of the experts' softmax", "", 0.0),
-}
-"""What is drawn as logged: name to title, unit and least value of its axis."""
-NOISY = {
-    "expert_entropy": ("Entropy of the experts' weights", "1 = all alike", 0.0),
-    "positives_per_gt": ("Positives per ground truth", "predictions", 0.0),
-    "conflict_share": ("Conflicts of the assignment", "share of predictions", 0.0),
-}
-"""What is drawn with its running mean."""
-LOSSES = {
-    "loss": "Loss, sum of all",
-    "loss_rpn_objectness": "RPN objectness loss",
-    "loss_rpn_box": "RPN box loss",
-    "loss_giou": "GIoU loss",
-    "loss_l1": "L1 loss",
-}
-"""Titles of losses; others are called by their names."""
-PRECISIONS = ("AP", "AP50", "AP75", "AP90")
-VOC = ("VOC07", "VOC12")
 MARKERS = ("o", "^", "s", "D")
 
 
@@ -193,7 +167,7 @@ def _name_runs(figure: Figure, runs: Sequence[Run], columns: int) -> None:
 def panels_of(runs: Sequence[Run]) -> list[Panel]:
     """Lists the panels for which some run has data."""
     names = dict.fromkeys(name for run in runs for name in run.history.losses())
-    panels = [_noisy(runs, name, LOSSES.get(name) or _loss_title(name), "", 0.0) for name in names]
+    panels = [_noisy(runs, name, loss_title(name), "", 0.0) for name in names]
     panels += [_exact(runs, name, *labels) for name, labels in EXACT.items() if _any(runs, name)]
     panels += [_noisy(runs, name, *labels) for name, labels in NOISY.items() if _any(runs, name)]
     shared = [run for run in runs if "loss_share_small" in run.history.curves]
@@ -203,10 +177,6 @@ def panels_of(runs: Sequence[Run]) -> list[Panel]:
 
 def _any(runs: Sequence[Run], name: str) -> bool:
     return any(run.history.stages(name) for run in runs)
-
-
-def _loss_title(name: str) -> str:
-    return name.removeprefix("loss_").replace("_", " ").capitalize() + " loss"
 
 
 def _exact(runs: Sequence[Run], name: str, title: str, unit: str, least: float | None) -> Panel:
@@ -229,7 +199,7 @@ def _noisy(runs: Sequence[Run], name: str, title: str, unit: str, least: float) 
                 colour = run.shade(stage, len(curves))
                 if len(curve.steps) >= SMOOTHED_FROM:
                     _line(axes, curve, color=_lighter(colour, 0.6), linewidth=0.7, zorder=1.5)
-                    curve = curve.smooth(len(curve.steps) // 30 | 1)
+                    curve = curve.smoothed()
                 _line(axes, curve, color=colour, linestyle=run.stroke)
         _finish(axes, runs, name, unit, least)
 

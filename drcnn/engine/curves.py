@@ -11,6 +11,37 @@ import numpy as np
 from drcnn.engine.metrics import UNDEFINED
 from drcnn.errors import ConfigError
 
+EXACT = {
+    "lr": ("Learning rate", "", 0.0),
+    "iou_threshold": ("T_now, threshold of label assignment", "IoU", None),
+    "beta": ("beta_now of SmoothL1", "in encoded deltas", 0.0),
+    "expert_temperature": ("Temperature of the experts' softmax", "", 0.0),
+}
+"""What is drawn as logged: name to title, unit and least value of its axis."""
+NOISY = {
+    "expert_entropy": ("Entropy of the experts' weights", "1 = all alike", 0.0),
+    "positives_per_gt": ("Positives per ground truth", "predictions", 0.0),
+    "conflict_share": ("Conflicts of the assignment", "share of predictions", 0.0),
+}
+"""What is drawn with its running mean."""
+LOSSES = {
+    "loss": "Loss, sum of all",
+    "loss_rpn_objectness": "RPN objectness loss",
+    "loss_rpn_box": "RPN box loss",
+    "loss_giou": "GIoU loss",
+    "loss_l1": "L1 loss",
+}
+"""Titles of losses; others are called by their names."""
+PRECISIONS = ("AP", "AP50", "AP75", "AP90")
+VOC = ("VOC07", "VOC12")
+SMOOTHED_FROM = 60
+"""Records from which a noisy curve is drawn with its running mean."""
+
+
+def loss_title(name: str) -> str:
+    """What a loss is called in a chart."""
+    return LOSSES.get(name) or name.removeprefix("loss_").replace("_", " ").capitalize() + " loss"
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -41,6 +72,10 @@ class Curve:
         sums = np.convolve(np.where(known, self.values, 0.0), window, "same")
         counts = np.convolve(known.astype(np.float64), window, "same")
         return Curve(self.steps, np.where(known, sums / np.maximum(counts, 1.0), np.nan))
+
+    def smoothed(self) -> "Curve":
+        """The running mean that a noisy curve is drawn with."""
+        return self.smooth(len(self.steps) // 30 | 1)
 
 
 @dataclass(frozen=True)

@@ -153,28 +153,39 @@ def evaluate_results(
         DataError: a file that cannot be read or is no such file; an image or category id that the
             annotations do not hold; a result without a valid box, mask or score.
     """
-    coco_eval = match_results(annotation_file, results, image_ids, iou_type, annotation_ids)
-    coco_eval.accumulate()
-    precision = np.asarray(coco_eval.eval["precision"])
-    recall = np.asarray(coco_eval.eval["recall"])
-    names = class_names(coco_eval)
-    per_class = {name: _mean(precision[:, :, k, 0, -1]) for k, name in enumerate(names)}
-    numbers = len(coco_eval.params.imgIds), len(coco_eval.cocoDt.anns)
-    return Metrics(_summarize(precision, recall), per_class, iou_type, *numbers)
+    opened = open_results(annotation_file, results, image_ids, iou_type, annotation_ids)
+    precision, recall = accumulate(opened, iou_type)
+    names = opened.names
+    per_class = {name: mean_precision(precision[:, :, k, 0, -1]) for k, name in enumerate(names)}
+    counts = len(opened.image_ids), len(opened.records)
+    return Metrics(_summarize(precision, recall), per_class, iou_type, *counts)
 
 
-def match_results(
+@dataclass(frozen=True)
+class OpenedResults:
+    """Results that were checked against annotations, and both in the evaluator's form.
+
+    Attributes:
+        truth: the annotations; crowd regions have ``iscrowd`` 1.
+        image_ids: images to score, ascending.
+        records: the detections on these images, in their order.
+        names: names of the categories, which differ, by rising category id.
+    """
+
+    truth: COCO
+    image_ids: list[int]
+    records: list[dict]
+    names: list[str]
+
+
+def open_results(
     annotation_file: str | os.PathLike | dict,
     results: list[dict] | str | os.PathLike,
     image_ids: Iterable[int] | None = None,
     iou_type: Literal["bbox", "segm"] = "bbox",
     annotation_ids: Iterable[int] | None = None,
-) -> COCOeval_faster:
-    """Reads, checks and matches results; see :func:`evaluate_results` for the arguments.
-
-    Returns:
-        COCOeval_faster: the evaluator, ready to accumulate.
-    """
+) -> OpenedResults:
+    """Reads and checks results and annotations; arguments and errors as of :func:`evaluate_results`."""
     source = "the annotations" if isinstance(annotation_file, dict) else f"{annotation_file}"
     truth = _ground_truth(_read_json(annotation_file, "annotations"), source, annotation_ids, iou_type)
     known = set(truth.imgs)
@@ -184,13 +195,36 @@ def match_results(
     records = _checked_results(results, truth, source, iou_type)
     wanted = set(chosen)
     records = [record for record in records if record["image_id"] in wanted]
+    names = _unique_names([truth.cats[i] for i in sorted(truth.cats)])
+    return OpenedResults(truth, chosen, records, names)
 
-    # loadRes() and COCOeval write into what they get and report their progress: give copies, and no voice.
-    found = truth.loadRes(records)
-    coco_eval = COCOeval_faster(truth, found, iou_type, print_function=_silent)
-    coco_eval.params.imgIds = chosen
-    coco_eval.evaluate()
-    return coco_eval
+
+def accumulate(opened: OpenedResults, iou_type: str = "bbox") -> tuple[np.ndarray, np.ndarray]:
+    """COCO's precision and recall of some results.
+
+    Returns:
+        Precision [T, R, K, A, M] at IoU thresholds 0.50:0.05:0.95, recalls 0:0.01:1, by category, area (all,
+        small, medium, large) and detections by image (1, 10, 100), and the greatest recall [T, K, A, M];
+        -1 where no ground truth defines them.
+    """
+    coco_eval = _matched(opened, iou_type)
+    coco_eval.accumulate()
+    return np.asarray(coco_eval.eval["precision"]), np.asarray(coco_eval.eval["recall"])
+
+
+def match_results(
+    annotation_file: str | os.PathLike | dict,
+    results: list[dict] | str | os.PathLike,
+    image_ids: Iterable[int] | None = None,
+    iou_type: Literal["bbox", "segm"] = "bbox",
+    annotation_ids: Iterable[int] | None = None,
+) -> COCOeval_faster:
+    """Reads, checks and matches results; arguments and errors as of :func:`evaluate_results`.
+
+    Returns:
+        COCOeval_faster: the evaluator, ready to accumulate.
+    """
+    return _matched(open_results(annotation_file, results, image_ids, iou_type, annotation_ids), iou_type)
 
 
 def class_names(coco_eval: COCOeval_faster) -> list[str]:
@@ -198,11 +232,20 @@ def class_names(coco_eval: COCOeval_faster) -> list[str]:
     return _unique_names([coco_eval.cocoGt.cats[i] for i in coco_eval.params.catIds])
 
 
+def _matched(opened: OpenedResults, iou_type: str) -> COCOeval_faster:
+    # loadRes() and COCOeval write into what they get and report their progress: give copies, and no voice.
+    found = opened.truth.loadRes([dict(record) for record in opened.records])
+    coco_eval = COCOeval_faster(opened.truth, found, iou_type, print_function=_silent)
+    coco_eval.params.imgIds = opened.image_ids
+    coco_eval.evaluate()
+    return coco_eval
+
+
 def _silent(*_: object) -> None:
     """Takes the place of the library's print function."""
 
 
-def _mean(values: np.ndarray) -> float:
+def mean_precision(values: np.ndarray) -> float:
     """COCO's mean: over the defined values, -1 if there is none."""
     defined = values[values > UNDEFINED]
     return float(defined.mean()) if defined.size else UNDEFINED
@@ -210,17 +253,17 @@ def _mean(values: np.ndarray) -> float:
 
 def _summarize(precision: np.ndarray, recall: np.ndarray) -> dict[str, float]:
     """Reduces precision [T, R, K, A, M] and recall [T, K, A, M]; thresholds T are 0.50:0.05:0.95."""
-    summary = {"AP": _mean(precision[:, :, :, 0, -1])}
+    summary = {"AP": mean_precision(precision[:, :, :, 0, -1])}
     for percent in (50, 75):
-        summary[f"AP{percent}"] = _mean(precision[(percent - 50) // 5, :, :, 0, -1])
+        summary[f"AP{percent}"] = mean_precision(precision[(percent - 50) // 5, :, :, 0, -1])
     for area in "sml":
-        summary[f"AP{area}"] = _mean(precision[:, :, :, _AREAS[area], -1])
+        summary[f"AP{area}"] = mean_precision(precision[:, :, :, _AREAS[area], -1])
     for count, index in _MAX_DETS.items():
-        summary[f"AR{count}"] = _mean(recall[:, :, 0, index])
+        summary[f"AR{count}"] = mean_precision(recall[:, :, 0, index])
     for area in "sml":
-        summary[f"AR{area}"] = _mean(recall[:, :, _AREAS[area], -1])
+        summary[f"AR{area}"] = mean_precision(recall[:, :, _AREAS[area], -1])
     for percent in (60, 70, 80, 90):
-        summary[f"AP{percent}"] = _mean(precision[(percent - 50) // 5, :, :, 0, -1])
+        summary[f"AP{percent}"] = mean_precision(precision[(percent - 50) // 5, :, :, 0, -1])
     return summary
 
 

@@ -1,10 +1,12 @@
 """What a run says about itself at its start."""
 
+import platform
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from drcnn import __version__
 from drcnn.data import CocoDataset
 from drcnn.engine.optim import describe_lr, describe_schedule
 from drcnn.errors import ConfigError
@@ -43,7 +45,14 @@ def summarize(
         f"schedule: {describe_schedule(config.optim)}; {describe_lr(config.optim, config.data.batch_size)}",
         f"device: {device}{name}{threads}{ranks}, amp {config.train.amp}, seed {config.train.seed}",
         f"operators: {describe_backends(device.type)}",
+        f"software: {describe_software()}",
     ]
+
+
+def describe_software() -> str:
+    """Says in one line which versions run, and on which system."""
+    versions = f"drcnn {__version__}, torch {torch.__version__}, Python {platform.python_version()}"
+    return f"{versions}, {platform.platform()}"
 
 
 def build_model(config: "Config") -> nn.Module:
