@@ -24,8 +24,8 @@ from drcnn.structures import ImageBatch, Targets
 class Stitcher:
     """Joins k batches of B images to one that covers about as many pixels as one of them.
 
-    In the layout ``spatial``, B canvases hold k images each. They have the largest padded shape H x W among
-    the batches. In the layout ``batch``, k * B canvases of H / sqrt(k) x W / sqrt(k), rounded up, hold one
+    In the layout ``spatial``, B canvases hold k images each. They have the padded shape H x W of the
+    first batch. In the layout ``batch``, k * B canvases of H / sqrt(k) x W / sqrt(k), rounded up, hold one
     image each, and ``ImageBatch.parts`` is k.
 
     Args:
@@ -88,7 +88,7 @@ class Stitcher:
 
     def canvas(self, shapes: Sequence[tuple[int, int]]) -> tuple[int, int]:
         """Chooses the height and width of the canvases for batches of these padded shapes."""
-        height, width = max(shapes, key=math.prod)  # the first of equals
+        height, width = shapes[0]  # so that collages cost on average what the batches would have
         if self.config.layout == "spatial":
             return height, width
         unit, parts = self.pad_multiple, math.sqrt(len(shapes))

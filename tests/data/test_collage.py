@@ -112,7 +112,7 @@ def test_images_and_masks_are_those_of_the_operator(seed, place):
     joined = stitch(batches, replace(DST, stitch_on=place))
     images = [batch.images.tensor for batch in batches]
     sizes = [batch.images.sizes for batch in batches]
-    height, width = max((shape(batch) for batch in batches), key=lambda s: s[0] * s[1])
+    height, width = shape(batches[0])
     assert torch.equal(joined.images.tensor, collage(images, sizes, height, width, fill=FILL))
     assert joined.images.sizes.tolist() == [[height, width]] * 2 and joined.images.parts == 1
     for c, found in canvases(joined, batches, "spatial"):
@@ -144,13 +144,13 @@ def test_all_images_are_named_batch_after_batch():
 @pytest.mark.parametrize(("components", "sides"), [(4, (32, 48)), (2, (48, 64)), (3, (40, 56))])
 def test_layout_batch(components, sides):
     batches = make_batches(2, components, images=3)
-    largest = torch.zeros(3, 3, 64, 90, dtype=torch.uint8)
-    batches[-1] = batches[-1]._replace(images=ImageBatch(largest, torch.tensor([[60, 80]] * 3)))
+    own = torch.zeros(3, 3, 64, 90, dtype=torch.uint8)
+    batches[0] = batches[0]._replace(images=ImageBatch(own, torch.tensor([[60, 80]] * 3)))
     batches = [batch._replace(masks=None) for batch in batches]
     joined = stitch(batches, replace(DST, layout="batch", components=components))
     assert joined.images.tensor.shape == (3 * components, 3, *sides) and joined.images.parts == components
     (cell,) = collage_cells([(64, 90)], *sides)
-    assert joined.images.sizes[-1].tolist() == [-(-60 * cell.height // 64), -(-80 * cell.width // 90)]
+    assert joined.images.sizes[0].tolist() == [-(-60 * cell.height // 64), -(-80 * cell.width // 90)]
     assert (joined.images.sizes <= torch.tensor(sides)).all()
     moved = joined.images.to("cpu")
     assert moved.parts == components
@@ -169,6 +169,13 @@ def test_small_boxes_are_dropped_with_their_masks_and_the_others_close_the_gap()
             assert torch.equal(
                 getattr(few.targets, name)[c][own], getattr(everything.targets, name)[c][kept[c]]
             )
+
+
+def test_a_canvas_is_as_large_as_the_batch_whose_place_it_takes():
+    batches = make_batches(5, 4)
+    for first in range(4):
+        turned = batches[first:] + batches[:first]
+        assert shape(stitch(turned)) == tuple(turned[0].images.tensor.shape[2:])
 
 
 def test_batches_without_any_object():
