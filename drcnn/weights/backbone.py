@@ -74,12 +74,25 @@ def _from_timm(backbone: TimmBackbone, name_or_path: str) -> dict[str, Tensor]:
     weights = None if name_or_path == "pretrained" else read_state_dict(name_or_path)
     try:
         with _timeout(_TIMEOUT):
-            return backbone.pretrained(weights)
+            tensors = backbone.pretrained(weights)
     except Exception as error:  # whatever the hub's client, the network or a strange file brings about
         cause = " ".join(str(error).split())[:200] or type(error).__name__
         raise WeightsError(
             f"timm could not load {name_or_path} into {backbone.config.name}: {cause}; {_ALTERNATIVE}"
         ) from None
+    # timm passes over names that it does not know, be it all of them.
+    if weights is not None and not any(_is_among(tensor, weights) for tensor in tensors.values()):
+        raise WeightsError(f"{name_or_path} holds nothing of {backbone.config.name}; {_ALTERNATIVE}")
+    refuse_non_finite(tensors, name_or_path)
+    return tensors
+
+
+def _is_among(tensor: Tensor, weights: dict[str, Tensor]) -> bool:
+    """Whether the numbers of a tensor are those of one of ``weights``, of whatever shape and precision."""
+    flat = tensor.flatten()
+    return any(
+        len(flat) == w.numel() > 1 and bool(flat.equal(w.flatten().to(flat.dtype))) for w in weights.values()
+    )
 
 
 def _is_path(name_or_path: str | os.PathLike) -> bool:
