@@ -18,7 +18,7 @@ function make(tag, properties = {}, ...children) {
 }
 
 function choice(label, options, changed, first = 0) {
-  const select = make("select");
+  const select = make("select", { "aria-label": label });
   options.forEach((text, place) => select.add(new Option(text, place, place === first, place === first)));
   select.addEventListener("change", changed);
   return { label: make("label", {}, label, select), select };
@@ -172,7 +172,7 @@ function startGallery(section, gallery) {
   const beside = choice("Beside", ["none"], redraw);
   const label = choice("Class", ["all"], redraw);
   const kind = choice("Errors", ["any", ...names.slice(1), "missed"], redraw);
-  const order = choice("First", ["worst", "best"], redraw);
+  const order = choice("Order", ["worst first", "best first"], redraw);
   const score = make("input", { type: "range", min: 0.05, max: 1, step: 0.01 });
   const said = make("output");
   score.addEventListener("input", draw);
