@@ -75,7 +75,7 @@ def test_evaluates_where_there_are_no_results_and_keeps_them(tiny_run, reported_
     assert main([str(tiny_run), "--images", "1", "--device", "cpu"]) == 0
     assert "evaluating" in capsys.readouterr().out
     kept = tiny_run / "eval" / "results_val.json"
-    assert len(json.loads(kept.read_text())) == 60  # 10 detections on each of 6 images
+    assert len(json.loads(kept.read_text())) == 600  # 100 detections on each of 6 images
     assert main([str(tiny_run), "--images", "1"]) == 0
     assert f"results of {kept}" in capsys.readouterr().out
     os.utime(kept, (1, 1))  # older than the weights

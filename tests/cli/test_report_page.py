@@ -73,10 +73,18 @@ def open_page(browser, page_file):
 
 def drawn(page) -> dict[str, int]:
     """Number of visible marks of each chart by its title."""
-    return page.evaluate("""() => Object.fromEntries([...document.querySelectorAll(".chart")].map((chart) => [
-        chart.getAttribute("aria-label"),
-        chart.querySelectorAll(".scatterlayer .trace path, .barlayer .point path, .heatmaplayer image").length,
-    ]))""")
+    marks = ".scatterlayer .trace path, .barlayer .point path, .heatmaplayer image"
+    count = f"(chart) => [chart.getAttribute('aria-label'), chart.querySelectorAll('{marks}').length]"
+    return page.evaluate(f"Object.fromEntries([...document.querySelectorAll('.chart')].map({count}))")
+
+
+def until(page, condition: str) -> None:
+    """Waits for a condition; the page's own policy forbids Playwright's way."""
+    for _ in range(200):
+        if page.evaluate(condition):
+            return
+        page.wait_for_timeout(50)
+    raise AssertionError(f"never came true: {condition}")
 
 
 def rows(page, title: str) -> list[str]:
@@ -96,69 +104,67 @@ def test_every_chart_is_drawn_in_light_and_dark(open_page):
     before = page.evaluate(text)
     page.locator("#theme").focus()
     page.keyboard.press("Enter")
-    page.wait_for_function(f"{text} !== '{before}'")
+    until(page, f"{text} !== '{before}'")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == backs["light"]
 
 
 def test_runs_can_be_hidden(open_page):
     page = open_page()
     both = drawn(page)["What each kind of error costs"]
-    assert len(rows(page, "Counts and costs")) == 16
+    assert len(rows(page, "Costs and counts")) == 4
     page.get_by_label("second").first.uncheck()
-    page.wait_for_function(
-        "document.querySelectorAll('.chart[aria-label=\"What each kind of error costs\"] .point path').length"
-        f" < {both}"
-    )
-    left = rows(page, "Counts and costs")
-    assert len(left) == 8 and all("first" in row for row in left)
+    bars = "document.querySelectorAll('.chart .barlayer .point path').length"
+    until(page, f"{bars} < {both}")
+    left = rows(page, "Costs and counts")
+    assert len(left) == 2 and all("first" in row for row in left)
 
 
 def test_selects_search_and_order_of_tables(open_page):
     page = open_page()
     panel = page.locator(".panel", has=page.get_by_role("heading", name="AP by class and size"))
     before = rows(page, "AP by class and size")
-    panel.get_by_label("Size of object").select_option("large")
+    panel.get_by_role("combobox", name="Size of object", exact=True).select_option("small")
     assert rows(page, "AP by class and size") != before
     panel.get_by_role("button", name="AP50").press("Enter")
     values = [row.split("\t")[3] for row in rows(page, "AP by class and size")]
-    known = [float(value) for value in values if value != "–"]
+    known = [float(value) for value in values if value[0].isdigit()]
     assert known == sorted(known, reverse=True) and panel.locator("th[aria-sort=descending]").count() == 1
     settings = page.locator(".panel", has=page.get_by_role("heading", name="Settings", exact=True))
     assert len(rows(page, "Settings")) == 1
-    settings.get_by_label("Show").select_option(index=1)
+    settings.get_by_role("combobox", name="Show", exact=True).select_option(index=1)
     settings.get_by_label("Search").fill("warmup")
     assert 0 < len(rows(page, "Settings")) < 5
     curve = page.locator(".panel", has=page.get_by_role("heading", name="Precision and recall"))
     path = curve.locator(".scatterlayer .js-line").first
     before = path.get_attribute("d")
-    curve.get_by_label("Class").select_option(index=2)
+    curve.get_by_role("combobox", name="Class", exact=True).select_option(index=2)
     assert path.get_attribute("d") != before
 
 
 def test_filters_of_the_images(open_page):
     page = open_page()
     filters = page.get_by_role("group", name="Filters of the images")
-    status, cards = filters.get_by_role("status"), page.locator("article")
+    status, cards = filters.locator("span[role=status]"), page.locator("article")
     assert status.inner_text() == "6 of 6 images" and cards.count() == 6
     assert page.locator("article img").first.evaluate("image => image.naturalWidth") > 32
     worst = cards.first.locator("h3").inner_text()
-    filters.get_by_label("First").select_option("best")
+    filters.get_by_role("combobox", name="Order", exact=True).select_option("best first")
     assert cards.first.locator("h3").inner_text() != worst
     filters.get_by_label("Least score").fill("0.05")
-    filters.get_by_label("Errors").select_option("background")
+    filters.get_by_role("combobox", name="Errors", exact=True).select_option("background")
     shown = cards.count()
     assert 0 < shown < 6 and status.inner_text() == f"{shown} of 6 images"
     for card in cards.all():
         assert "background" in card.locator("p.note").inner_text()
         assert card.locator(".view").nth(1).locator(".box.background:not(.faint)").count() > 0
         assert card.locator(".view").nth(1).locator(".box.correct:not(.faint)").count() == 0
-    filters.get_by_label("Errors").select_option("any")
-    name = filters.get_by_label("Class").locator("option").nth(1).inner_text()
-    filters.get_by_label("Class").select_option(name)
+    filters.get_by_role("combobox", name="Errors", exact=True).select_option("any")
+    name = filters.get_by_role("combobox", name="Class", exact=True).locator("option").nth(1).inner_text()
+    filters.get_by_role("combobox", name="Class", exact=True).select_option(name)
     filters.get_by_label("Labels").check()
     texts = page.locator("article .box span").all_inner_texts()
     assert texts and all(text.startswith(name) for text in texts)
-    filters.get_by_label("Beside").select_option("second")
+    filters.get_by_role("combobox", name="Beside", exact=True).select_option("second")
     assert page.locator("article .view").count() == 3 * cards.count()
     filters.get_by_label("Least score").fill("1")
     assert page.locator("article").first.locator(".box.correct:not(.faint)").count() == 0
@@ -172,8 +178,8 @@ def test_filters_of_the_images(open_page):
 def test_narrow_screens_do_not_scroll_sideways(open_page, width):
     page = open_page(width)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    wide = "[...document.querySelectorAll('.chart .main-svg')].filter((s) => s.getBoundingClientRect().right > innerWidth)"
-    assert page.evaluate(f"{wide}.length") == 0
+    ends = "[...document.querySelectorAll('.chart .main-svg')].map((s) => s.getBoundingClientRect().right)"
+    assert max(page.evaluate(ends)) <= width
 
 
 def test_sections_are_reached_by_keyboard(open_page):
@@ -183,6 +189,6 @@ def test_sections_are_reached_by_keyboard(open_page):
     links = page.locator("nav a")
     assert links.count() == 7
     links.nth(6).press("Enter")
-    page.wait_for_function("document.getElementById('settings').getBoundingClientRect().top < innerHeight")
+    until(page, "document.getElementById('settings').getBoundingClientRect().top < innerHeight")
     unnamed = "[...document.querySelectorAll('select, input')].filter((e) => !e.labels.length)"
     assert page.evaluate(f"{unnamed}.length") == 0

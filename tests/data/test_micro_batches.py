@@ -33,7 +33,7 @@ def test_parts_are_views(batch):
     assert (
         second.images.tensor.untyped_storage().data_ptr() == first.images.tensor.untyped_storage().data_ptr()
     )
-    assert second.images.tensor.is_contiguous()
+    assert second.images.tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_without_masks(batch):

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -87,7 +88,7 @@ def recorded(seen: list, last: int | None = None):
             | {"collage": bool(scale.collage), "gradients": digest, "images": self.log.recent[-1][1].tolist()}
         )
         if len(seen) == last:
-            raise RunStopped("broken off", 99)
+            raise RunStopped(signal.SIGUSR1, self.step)
 
     Trainer.update = spy
     try:
@@ -100,7 +101,7 @@ def run(config_file: str, out, *flags: str, breaks: bool = False) -> list[dict]:
     """Runs, or breaks off one iteration after the checkpoint of half of the steps."""
     seen: list[dict] = []
     with recorded(seen, HALF + 1 if breaks else None):
-        assert train.main([config_file, "--out", str(out), *flags]) == (99 if breaks else 0)
+        assert train.main([config_file, "--out", str(out), *flags]) == (128 + signal.SIGUSR1 if breaks else 0)
     return seen
 
 

@@ -64,7 +64,7 @@ def test_curve_of_a_class_is_the_direct_one(made_up_content, make_results):
         for score, label, kind in zip(image.scores, image.labels, verdict.kinds, strict=True)
         if label == 0
     ]
-    rows.sort(reverse=True)
+    rows.sort(key=lambda row: -row[0])
     points, right = [], 0
     for count, (_, correct) in enumerate(rows, 1):
         right += correct

@@ -63,15 +63,13 @@ def choose(analyses: Sequence[Analysis], count: int) -> list[int]:
     order = np.lexsort((-objects, f1)).tolist()  # of equal ones that with more objects
     best = np.lexsort((-objects, -f1)).tolist()
     chosen = dict.fromkeys(order[: -(-count // 2)] + best[: count // 4])
-    errors = np.sum([[error_counts(a, i) for i in range(total)] for a in analyses], axis=0).reshape(total, -1)
+    errors = np.sum([[error_counts(a, i) for i in range(total)] for a in analyses], axis=0)
+    errors = errors.reshape(total, 1 + len(KINDS))
     ranks = np.argsort(-errors, axis=0, kind="stable")
-    for place in range(total):
-        for kind in range(ranks.shape[1]):
-            index = int(ranks[place, kind])
-            if len(chosen) < count and errors[index, kind]:
-                chosen[index] = None
-    for index in order:
-        if len(chosen) < min(count, total):
+    unseen = [kind for kind in range(errors.shape[1]) if not errors[list(chosen), kind].any()]
+    most = [int(ranks[0, kind]) for kind in unseen if errors[:, kind].any()]
+    for index in [*most, *ranks.ravel().tolist()]:
+        if len(chosen) < count:
             chosen[index] = None
     return list(chosen)
 

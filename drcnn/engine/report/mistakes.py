@@ -18,7 +18,7 @@ MEANINGS = {
 }
 ANNOTATED = 15
 """Up to this number of classes a confusion matrix has its numbers written in."""
-SHADES = [[0.0, "rgba(59,125,221,0.0)"], [1.0, "rgba(59,125,221,0.95)"]]
+SHADES = [[0.0, "rgba(59,125,221,0.0)"], [1.0, "rgba(59,125,221,0.75)"]]
 
 
 def errors_section(analyses: Analyses) -> Section:
@@ -54,20 +54,19 @@ def _costs(analyses: Analyses) -> Panel:
 
 
 def _cost_table(analyses: Analyses) -> Panel:
-    rows = []
+    rows: list[tuple[int, list[Any]]] = []
     for number, run, analysis in analyses:
         errors = analysis.errors
-        for kind, cost in errors.cost.items():
-            rows.append((number, [run, kind, errors.counts[kind], 100 * cost]))
-        rows.append((number, [run, "false positives", None, 100 * errors.false_positive]))
-        rows.append((number, [run, "false negatives", None, 100 * errors.false_negative]))
-    base = "; ".join(f"{run} {100 * a.errors.ap:.1f}" for _, run, a in analyses)
+        costs = [errors.ap, *errors.cost.values(), errors.false_positive, errors.false_negative]
+        rows.append((number, [run, "dAP", *(100 * cost for cost in costs)]))
+        rows.append((number, [run, "errors", None, *map(str, errors.counts.values()), None, None]))
     note = (
-        f"AP50 of what is repaired: {base}. A false positive is any wrong detection, a false negative any "
-        "object not found; repairing these two raises precision or recall alone."
+        "A false positive is any wrong detection, a false negative any object not found; repairing these two "
+        "raises precision or recall alone."
     )
-    heads = ["run", "kind", "errors", "dAP"]
-    return Panel("table", "Counts and costs", {"": table(heads, rows, digits=2, heat=[3])}, note=note)
+    heads = ["run", "", "AP50", *KINDS, MISSED, "false positives", "false negatives"]
+    content = table(heads, rows, digits=2, heat=list(range(3, len(heads))))
+    return Panel("table", "Costs and counts", {"": content}, note=note, wide=True)
 
 
 def _by_class(analyses: Analyses) -> Panel:
@@ -86,9 +85,8 @@ def _by_class(analyses: Analyses) -> Panel:
         heat = list(range(2, len(heads)))
         variants[str(place)] = table(heads, rows, heat=heat, search=len(rows) > 15)
     selects = [("Run", [run for _, run, _ in analyses])]
-    return Panel(
-        "table", "dAP by class", variants, selects, "AP50 of the class that each kind costs it, in points."
-    )
+    note = "AP50 of the class that each kind costs it, in points."
+    return Panel("table", "dAP by class", variants, selects, note, wide=True)
 
 
 def _points(value: float) -> float | None:

@@ -18,7 +18,7 @@ function make(tag, properties = {}, ...children) {
 }
 
 function choice(label, options, changed, first = 0) {
-  const select = make("select");
+  const select = make("select", { "aria-label": label });
   options.forEach((text, place) => select.add(new Option(text, place, place === first, place === first)));
   select.addEventListener("change", changed);
   return { label: make("label", {}, label, select), select };
@@ -77,6 +77,8 @@ function drawChart(item) {
   const figure = item.panel.variants[item.key()];
   const traces = structuredClone(figure.data);
   for (const trace of traces) if (trace.meta && hidden.has(trace.meta.run)) trace.visible = false;
+  const text = getComputedStyle(root).getPropertyValue("--text").trim();
+  for (const trace of traces) if (trace.type === "heatmap") trace.textfont = { color: text };
   const options = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d", "zoomIn2d", "zoomOut2d", "autoScale2d"] };
   return Plotly.react(item.body, traces, themedLayout(figure.layout, item.panel.height), options);
 }
@@ -105,7 +107,8 @@ function drawTable(item) {
   const numeric = columns.map((_, c) => rows.some((row) => typeof row.cells[c] === "number"));
   const whole = columns.map((_, c) => rows.every((row) => row.cells[c] === null || Number.isInteger(row.cells[c])));
   const integral = columns.map((_, c) => whole[c] && !heat.includes(c));
-  const most = Math.max(1e-9, ...rows.flatMap((row) => heat.map((c) => row.cells[c] ?? 0)));
+  const shaded = rows.flatMap((row) => heat.map((c) => row.cells[c])).filter((value) => typeof value === "number");
+  const most = Math.max(1e-9, ...shaded);
   const head = make("tr", {}, ...columns.map((name, c) => {
     const button = make("button", { type: "button" }, name);
     button.addEventListener("click", () => {
@@ -172,7 +175,7 @@ function startGallery(section, gallery) {
   const beside = choice("Beside", ["none"], redraw);
   const label = choice("Class", ["all"], redraw);
   const kind = choice("Errors", ["any", ...names.slice(1), "missed"], redraw);
-  const order = choice("First", ["worst", "best"], redraw);
+  const order = choice("Order", ["worst first", "best first"], redraw);
   const score = make("input", { type: "range", min: 0.05, max: 1, step: 0.01 });
   const said = make("output");
   score.addEventListener("input", draw);
