@@ -172,7 +172,7 @@ class Trainer:
         wanted = scale.components if scale.most_batches > 1 and self.is_collage.receive() else 1
         try:
             taken = [next(batches) for _ in range(wanted)]
-        except (RuntimeError, OSError):
+        except (RuntimeError, OSError, EOFError):
             self.stop_if_asked()  # the signal that asks to stop may have ended the loader's workers
             raise
         indices = torch.cat([batch.indices for batch in taken])

@@ -163,10 +163,14 @@ def test_only_a_second_ctrl_c_ends_a_run_at_once(light_run, tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(trainer.Trainer, "update", asked_twice)
         assert train(light_run, tmp_path / "run") == 143
-    with trainer.StopRequest() as stop, pytest.raises(KeyboardInterrupt):
-        signal.raise_signal(signal.SIGINT)
-        assert stop.signal == signal.SIGINT
-        signal.raise_signal(signal.SIGINT)
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with trainer.StopRequest() as stop, pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+            assert stop.signal == signal.SIGINT
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, usual)
 
 
 def test_a_completed_run_that_is_resumed_stays_as_it_is(light_run, unbroken, tmp_path):
