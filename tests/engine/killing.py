@@ -16,6 +16,7 @@ import signal
 import sys
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -40,6 +41,7 @@ class Child:
         """What the child does."""
         code = 70
         try:
+            os.setsid()
             file = os.open(self.output, os.O_CREAT | os.O_WRONLY)
             os.dup2(file, 1)
             os.dup2(file, 2)
@@ -83,6 +85,11 @@ class Child:
         assert os.WIFSIGNALED(status), f"ended before {moment}: {self.text()}"
         return [path.name for path in checkpoints.glob("*")]
 
+    def sweep(self) -> None:
+        """Ends what it has left: torch's workers do not notice a parent that dies while they start."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.number, signal.SIGKILL)
+
     def finish(self) -> None:
         """Waits for its end."""
         _, status = os.waitpid(self.number, 0)
@@ -96,9 +103,13 @@ def carry_out(plan: dict) -> list[list[str]]:
     records = [json.loads(line) for line in (unbroken / "metrics.jsonl").read_text().splitlines()]
     times = [record["time_per_step"] for record in records if "split" not in record]
     pace, found = sum(times) / len(times), []
+    children = []
     for moment in plan["moments"]:
-        found.append(Child(plan["arguments"], killed).kill_at(moment, killed / "checkpoints", pace))
+        children.append(Child(plan["arguments"], killed))
+        found.append(children[-1].kill_at(moment, killed / "checkpoints", pace))
     Child(plan["arguments"], killed).finish()
+    for child in children:
+        child.sweep()
     return found
 
 
