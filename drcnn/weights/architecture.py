@@ -139,7 +139,7 @@ def _sparse(tensors: Mapping[str, Tensor], source: str) -> SparseRCNNConfig:
     hidden, cells = tensors["proposals.generator.fc1.weight"].shape
     staircase = "proposals.generator.steps.0.weight" in tensors
     proposals = DynamicProposalsConfig(
-        boxes.shape[1], len(boxes), staircase, grid=round(cells**0.5), hidden=hidden
+        boxes.shape[1], experts=len(boxes), staircase=staircase, grid=round(cells**0.5), hidden=hidden
     )
     # No tensor shows the assignment; detections of the many-to-one, which usually goes with it, need NMS.
     return replace(config, proposals=proposals, assignment=OptimalTransportConfig())
