@@ -3,6 +3,7 @@
 Without torchrun every function answers as for a single rank.
 """
 
+import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -121,11 +122,13 @@ def wrap(model: nn.Module, device: torch.device) -> nn.Module:
     """
     if world_size() == 1:
         return model
+    options = inspect.signature(DistributedDataParallel).parameters
+    exchange_buffers = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
     return DistributedDataParallel(
         model,
         device_ids=[device.index] if device.type == "cuda" else None,
-        broadcast_buffers=False,
         gradient_as_bucket_view=True,
+        **{exchange_buffers: False},
     )
 
 

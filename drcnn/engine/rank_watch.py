@@ -41,15 +41,17 @@ class RankWatch:
         self._next_name = self._name(self._next)
         self._ring = dist.new_group(backend="gloo", timeout=timedelta(days=365))
         self._leaving, self._knows, self._told, self._out = (threading.Event() for _ in range(4))
-        for task in (self._hold_on, self._look):
-            threading.Thread(target=task, name=f"ranks{task.__name__}", daemon=True).start()
+        tasks = (self._hold_on, self._look)
+        self._threads = [threading.Thread(target=t, name=f"ranks{t.__name__}", daemon=True) for t in tasks]
+        for thread in self._threads:
+            thread.start()
 
     def leave(self) -> None:
         """Ends the watch once every rank has come here."""
         self._leaving.set()
         with contextlib.suppress(RuntimeError):  # a rank that dies now has done its work
             dist.barrier(group=self._ring)
-            dist.send(torch.zeros(1), dst=(self.rank - 1) % self.ranks, group=self._ring)
+        self._part()
 
     def explain(self, error: Exception) -> Exception:
         """Lets the other ranks know of an error of this one, and returns what to raise instead of it.
@@ -65,6 +67,8 @@ class RankWatch:
         found = self._explained(error)
         self._know()
         self._outlive_the_others()
+        self._leaving.set()
+        self._part()
         return found
 
     def _explained(self, error: Exception) -> Exception:
@@ -73,13 +77,19 @@ class RankWatch:
             self._store_quietly(f"here/{self.rank}")
             if self._note_comes():
                 return RankStopped("")
-            if "timed out" not in text.lower():
-                return error
-            error, text, own = self._roll_call(), "", True
+            if "timed out" in text.lower():
+                error, text, own = self._roll_call(), "", True
         line = f"rank {self.rank} of {self.ranks}: {text or error}"
         if not self._leave_note(line if own else f"{line} ({type(error).__name__})"):
             return RankStopped("")
         return type(error)(line) if own else error
+
+    def _part(self) -> None:
+        """Says goodbye along the ring and ends the threads: one that waits while Python ends aborts it."""
+        with contextlib.suppress(RuntimeError):  # the other end of the connection is gone
+            dist.send(torch.zeros(1), dst=(self.rank - 1) % self.ranks, group=self._ring)
+        for thread in self._threads:
+            thread.join(_GRACE)
 
     def _name(self, rank: int) -> str:
         return f"rank {rank} of {self.ranks} ({self._store.get(f'name/{rank}').decode()})"

@@ -339,3 +339,33 @@ def test_a_killed_rank_ends_torchrun_within_a_minute(config_file, tmp_path):
     assert re.search(r"^error: rank 1 of 2 \(.*, pid \d+\) died without a word", done.stderr, re.MULTILINE)
     assert "Signal 9 (SIGKILL)" in done.stderr, "torchrun's report"
     assert ended - float((tmp_path / "killed").read_text()) < 60
+
+
+ENDS_LATE = """\
+import os, time
+import torch
+import torch.distributed as dist
+from drcnn.engine.distributed import process_group
+
+send = dist.send
+
+
+def late(*arguments, **options):
+    time.sleep(0.2)
+    send(*arguments, **options)
+
+
+if os.environ["RANK"] == "0":
+    dist.send = late
+with process_group(torch.device("cpu")):
+    dist.all_reduce(torch.ones(1))
+"""
+
+
+def test_a_rank_waits_for_a_goodbye_that_comes_late(tmp_path):
+    """Python aborts if a thread wakes up in a collective while it ends."""
+    script = tmp_path / "ends_late.py"
+    script.write_text(ENDS_LATE)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*launch, str(script)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
