@@ -94,7 +94,7 @@ class LearnedProposals(nn.Module):
         Returns:
             tuple[Tensor[B, N, 4], Tensor[B, N, C]]: boxes, normalised (cx, cy, w, h), and features.
         """
-        images = len(features[0])
+        images = features[0].shape[0]
         return self.boxes.expand(images, -1, -1), self.features.expand(images, -1, -1)
 
     def update(self) -> None:

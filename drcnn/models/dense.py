@@ -9,6 +9,7 @@ from drcnn.dynamics import PlainTraining
 from drcnn.models.boxes import clip_boxes, has_size
 from drcnn.models.pixels import PixelNormalization
 from drcnn.models.suppression import SuppressionConfig, suppress
+from drcnn.ops.shapes import at_most
 from drcnn.structures import Detections, ImageBatch, Targets
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def by_cell(output: Tensor, values: int) -> Tensor:
     Returns:
         Tensor[B, H * W * A, values]: float32, by row, column and anchor.
     """
-    return output.permute(0, 2, 3, 1).reshape(len(output), -1, values).float()
+    return output.permute(0, 2, 3, 1).reshape(output.shape[0], -1, values).float()
 
 
 def strongest(scores: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,7 +104,7 @@ def strongest(scores: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     classes = scores.shape[-1]
     scores = scores.flatten(1)
-    best, index = scores.topk(min(most, scores.shape[1]), dim=1)
+    best, index = scores.topk(at_most(most, scores.shape[1]), dim=1)
     return best, index % classes, index // classes
 
 

@@ -13,6 +13,7 @@ from drcnn.models.boxes import clip_boxes, decode_deltas, has_size, inside_image
 from drcnn.models.samplers import sample_slots
 from drcnn.ops import assign_targets, match_boxes, nms, smooth_l1
 from drcnn.ops.match_boxes import MatchResult
+from drcnn.ops.shapes import at_most
 from drcnn.structures import ImageBatch, Targets
 
 DELTA_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
@@ -126,7 +127,7 @@ class RPN(nn.Module):
                 hidden = F.relu(conv(hidden))
             logits.append(self.objectness(hidden).permute(0, 2, 3, 1).flatten(1).float())
             level_deltas = self.deltas(hidden).permute(0, 2, 3, 1)
-            deltas.append(level_deltas.reshape(len(feature), -1, 4).float())
+            deltas.append(level_deltas.reshape(feature.shape[0], -1, 4).float())
             anchors.append(grid_anchors(self.cells[level], *feature.shape[-2:], self.strides[level]))
         return logits, deltas, anchors
 
@@ -138,7 +139,7 @@ class RPN(nn.Module):
         post_nms = config.post_nms if self.training else config.test_post_nms
         boxes, scores, levels = [], [], []
         for level, (logit, delta, anchor) in enumerate(zip(logits, deltas, anchors, strict=True)):
-            score, index = logit.topk(min(pre_nms, logit.shape[1]), dim=1)
+            score, index = logit.topk(at_most(pre_nms, logit.shape[1]), dim=1)
             delta = delta.gather(1, index.unsqueeze(-1).expand(-1, -1, 4))
             boxes.append(decode_deltas(anchor[index], delta, DELTA_WEIGHTS))
             scores.append(score)

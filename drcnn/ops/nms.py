@@ -25,7 +25,7 @@ import torchvision
 from torch import Tensor
 
 from drcnn.ops.backend import implementation, native_defines, register
-from drcnn.ops.shapes import check_shape
+from drcnn.ops.shapes import at_most, check_shape
 
 
 class NmsResult(NamedTuple):
@@ -84,7 +84,7 @@ def nms(
             raise ValueError(f"{name} must be {dtype}, got {tensor.dtype}")
     if max_output < 0:
         raise ValueError(f"max_output must be >= 0, got {max_output}")
-    slots = min(max_output, boxes.shape[1])
+    slots = at_most(max_output, boxes.shape[1])
     run = implementation("nms", boxes.device.type)
     boxes, scores = boxes.detach().float(), scores.detach().float()
     return NmsResult(*run(boxes, scores, groups, valid, iou_threshold, slots))

@@ -6,6 +6,11 @@ from torch import Tensor
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def at_most(limit: int, size: int) -> int:
+    """Returns the lesser of a limit and a tensor's size, which stays symbolic where an export varies it."""
+    return min(limit, size) if isinstance(size, int) else torch.sym_min(limit, size)
+
+
 def check_boxes(name: str, boxes: Tensor) -> None:
     """Raises ``ValueError`` unless ``boxes`` has shape [B, N, 4] or [N, 4]."""
     if boxes.dim() not in (2, 3) or boxes.shape[-1] != 4:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from drcnn.ops.backend import implementation, native_defines, register
 from drcnn.ops.nms import float32_floor
-from drcnn.ops.shapes import check_shape
+from drcnn.ops.shapes import at_most, check_shape
 
 SoftNmsMethod = Literal["hard", "linear", "gaussian"]
 """How the scores of overlapping boxes are lowered."""
@@ -113,7 +113,7 @@ def soft_nms(
     run = implementation("soft_nms", boxes.device.type)
     boxes, scores = boxes.detach().float(), scores.detach().float()
     rule = (METHODS.index(method), float(iou_threshold), float(sigma), float(min_score))
-    return SoftNmsResult(*run(boxes, scores, groups, valid, *rule, min(max_output, boxes.shape[1])))
+    return SoftNmsResult(*run(boxes, scores, groups, valid, *rule, at_most(max_output, boxes.shape[1])))
 
 
 def float32_ceil(threshold: float) -> float:
