@@ -13,6 +13,7 @@ VERBS = {
     "check": "find what is wrong with data, describe them, write a repaired copy",
     "compare": "AP differences of two runs with confidence intervals",
     "predict": "detect objects in a file, a folder or a glob of images",
+    "export": "write a detector as a torch.export program, an AOTInductor package or ONNX",
     "convert": "turn weights of any known system into one safetensors file",
     "report": "write one html page about one or more runs",
     "plot": "draw losses, T and beta, and AP of one or more runs",

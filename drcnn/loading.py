@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -16,8 +16,11 @@ from drcnn.engine.checkpoint import FORMAT, check_state, find_checkpoint
 from drcnn.engine.distributed import pick_device
 from drcnn.engine.ema import evaluated_weights
 from drcnn.engine.predictor import Predictor
-from drcnn.errors import DrcnnError, WeightsError
+from drcnn.errors import ConfigError, DrcnnError, WeightsError
 from drcnn.weights import load_weights, read_content, recognise, unwrap
+
+if TYPE_CHECKING:
+    from drcnn.engine.exporting import ExportedDetector, ExportInfo
 
 _STORED = ("format", "step", "categories", "category_ids", "source", "notes")
 """What a safetensors file keeps of a checkpoint besides the model and the config."""
@@ -31,8 +34,9 @@ def load(
     """Loads a trained detector.
 
     Args:
-        path: run folder (its best checkpoint, else its last), checkpoint file, file of ``drcnn convert``, or
-            weights of torchvision, MMDetection, Detectron2, maskrcnn-benchmark or the Dynamic R-CNN author.
+        path: run folder (its best checkpoint, else its last), checkpoint file, file of ``drcnn convert``,
+            ONNX file of ``drcnn export``, or weights of torchvision, MMDetection, Detectron2,
+            maskrcnn-benchmark or the Dynamic R-CNN author.
         device: "auto" takes a GPU if there is one.
         amp: autocast type of the forward.
 
@@ -41,9 +45,28 @@ def load(
 
     Raises:
         WeightsError: there is no checkpoint, it is damaged, or it does not fit this version of drcnn.
+        ConfigError: an ONNX file that cannot be run here.
     """
+    if Path(path).suffix.lower() == ".onnx":
+        detector, info = open_onnx(Path(path), str(device))
+        return Predictor(detector, info.data_config(), info.categories, info.category_ids, device="cpu")
     file, state = read_state(path)
     return restore(state, restore_config(state, str(file)), str(file), device=device, amp=amp)
+
+
+def open_onnx(file: Path, device: str) -> tuple["ExportedDetector", "ExportInfo"]:
+    """Opens an ONNX file of ``drcnn export``; see :func:`drcnn.engine.onnx_detector.load_onnx`.
+
+    Raises:
+        ConfigError: without onnxruntime, which the extra ``export`` installs.
+    """
+    try:
+        from drcnn.engine.onnx_detector import load_onnx
+    except ModuleNotFoundError as error:
+        if error.name != "onnxruntime":
+            raise
+        raise ConfigError(f"{file} needs onnxruntime; install it with: pip install 'drcnn[export]'") from None
+    return load_onnx(file, device)
 
 
 def read_state(path: str | os.PathLike) -> tuple[Path, dict[str, Any]]:

@@ -39,7 +39,8 @@ class PredictArguments:
     """Flags of the verb."""
 
     run: Positional[Annotated[str, arg(metavar="RUN")]]
-    """Run folder (its best checkpoint, else its last), checkpoint file, or weights of any known system."""
+    """Run folder (its best checkpoint, else its last), checkpoint file, ONNX file of drcnn export, or weights
+    of any known system."""
     inputs: Positional[Annotated[tuple[str, ...], arg(metavar="INPUT...")]]
     """Image files, folders (with all below them) and quoted globs such as 'photos/**/*.jpg'."""
     out: str = "predictions"

@@ -28,6 +28,7 @@ LAYERS = [
         "check",
         "compare",
         "predict",
+        "export",
         "convert",
         "plot",
         "report",

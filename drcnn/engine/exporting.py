@@ -194,7 +194,9 @@ def save_package(program: ExportedProgram, file: Path, info: ExportInfo) -> None
             aoti_compile_and_package(program, package_path=str(file), inductor_configs=options)
     except (CppCompileError, InvalidCxxCompiler) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"--format aoti needs a C++ compiler that works (CXX names it): {reason}") from error
+        raise ConfigError(
+            f"--format aoti needs a C++ compiler that works (CXX names it): {reason}"
+        ) from error
 
 
 def load_package(file: Path) -> ExportedDetector:
@@ -205,7 +207,9 @@ def load_package(file: Path) -> ExportedDetector:
 def needs(program: ExportedProgram) -> list[str]:
     """Lists what has to be loaded before a program, besides torch: lines of Python."""
     namespaces = {
-        node.target.namespace for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)
+        node.target.namespace
+        for node in program.graph.nodes
+        if isinstance(node.target, torch._ops.OpOverload)
     }
     lines = []
     if "torchvision" in namespaces:

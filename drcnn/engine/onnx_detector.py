@@ -36,7 +36,9 @@ def load_onnx(file: Path, device: str = "auto") -> tuple[ExportedDetector, Expor
         session = onnxruntime.InferenceSession(file, options, providers=_providers(device))
     except Exception as error:  # onnxruntime has a class for each kind and no common one
         reason = str(error).strip().partition("\n")[0]
-        raise WeightsError(f"{file} is no ONNX file that onnxruntime {onnxruntime.__version__} runs: {reason}") from None
+        raise WeightsError(
+            f"{file} is no ONNX file that onnxruntime {onnxruntime.__version__} runs: {reason}"
+        ) from None
     info = ExportInfo.from_json(session.get_modelmeta().custom_metadata_map.get(METADATA), str(file))
     names = [output.name for output in session.get_outputs()]
 
