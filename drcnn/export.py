@@ -1,7 +1,7 @@
 """``python -m drcnn.export RUN --format {torch,aoti,onnx}``: writes a detector as a program of its own.
 
-Exit code 0 when the file finds what the detector finds, 1 when it does not (it is written, and how far it is off
-is printed), 2 for an error in the arguments or the checkpoint.
+Exit code 0 when the file finds what the detector finds, 1 when it does not (it is written, and how far it is
+off is printed), 2 for an error in the arguments or the checkpoint.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from tyro.conf import Positional, arg
 from drcnn.arguments import parse
 from drcnn.command import command
 from drcnn.config import Config, apply_overrides
-from drcnn.data import load_image, load_split
+from drcnn.data import eval_views, load_image, load_split
 from drcnn.engine.exporting import (
     ExportedDetector,
     ExportInfo,
@@ -88,6 +88,8 @@ def main(argv: list[str]) -> int:
     device = "cpu" if arguments.format == "onnx" else arguments.device
     predictor = restore(state, config, str(file), device=device)
     images = pictures(arguments.images, config)
+    if len(eval_views(config.data)) > 1:
+        print("note: test-time augmentation is no part of the file, which sees each image once")
     info = ExportInfo.of(predictor.model, config.data, predictor.categories, predictor.category_ids)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """A trained detector as a program of its own: by torch.export, and compiled by AOTInductor.
 
-A program takes ``images`` (uint8 [B, 3, H, W], RGB, padded at the right and at the bottom) and ``sizes`` (int64
-[B, 2], height and width of each image without its padding), and returns the fields of
+A program takes ``images`` (uint8 [B, 3, H, W], RGB, padded at the right and at the bottom) and ``sizes``
+(int64 [B, 2], height and width of each image without its padding), and returns the fields of
 :class:`~drcnn.structures.Detections` by name. B, H and W vary; H and W are multiples of 32.
 """
 
@@ -206,11 +206,8 @@ def load_package(file: Path) -> ExportedDetector:
 
 def needs(program: ExportedProgram) -> list[str]:
     """Lists what has to be loaded before a program, besides torch: lines of Python."""
-    namespaces = {
-        node.target.namespace
-        for node in program.graph.nodes
-        if isinstance(node.target, torch._ops.OpOverload)
-    }
+    called = (node.target for node in program.graph.nodes)
+    namespaces = {target.namespace for target in called if isinstance(target, torch._ops.OpOverload)}
     lines = []
     if "torchvision" in namespaces:
         lines.append("import torchvision")

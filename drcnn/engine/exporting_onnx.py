@@ -38,13 +38,12 @@ def save_onnx(model: nn.Module, file: Path, info: ExportInfo, opset: int = 18) -
         raise ConfigError(
             "ONNX has no Soft-NMS; switch it off, as by --model.box-head.soft-nms off, or pass --format torch"
         )
-    masks = model.mask_head is not None if hasattr(model, "mask_head") else False
     exported = torch.onnx.export(
         program,
         dynamo=True,
         opset_version=opset,
         input_names=INPUTS,
-        output_names=OUTPUTS if masks else OUTPUTS[:-1],
+        output_names=OUTPUTS[: len(program.graph_signature.user_outputs)],
         custom_translation_table={
             torch.ops.drcnn_python.nms.default: nms,
             torch.ops.drcnn_python.roi_align.default: roi_align,

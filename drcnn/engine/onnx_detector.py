@@ -56,7 +56,7 @@ def _providers(device: str) -> Sequence[str | tuple[str, dict]]:
         return [name for name in ("CUDAExecutionProvider", "CPUExecutionProvider") if name in available]
     if kind not in _PROVIDERS or _PROVIDERS[kind] not in available:
         raise ConfigError(
-            f"this onnxruntime has no device {device}, only {', '.join(available)}; install onnxruntime-gpu or "
-            "pass --device cpu"
+            f"this onnxruntime has no device {device}, only {', '.join(available)}; install onnxruntime-gpu "
+            "or pass --device cpu"
         )
     return [(_PROVIDERS[kind], {"device_id": int(index)} if index else {})]
