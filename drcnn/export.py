@@ -32,6 +32,7 @@ from drcnn.engine.exporting_check import check
 from drcnn.engine.predictor import Predictor
 from drcnn.errors import ConfigError, DataError
 from drcnn.loading import open_onnx, read_state, restore, restore_config
+from drcnn.ops import use_backend
 
 PROGRAM = "drcnn export"
 DESCRIPTION = """Writes a trained detector, NMS inside, as a torch.export program, as an AOTInductor package
@@ -116,7 +117,9 @@ def write(predictor: Predictor, out: Path, info: ExportInfo, arguments: ExportAr
             raise ConfigError(
                 f"--format onnx needs {error.name}; install it with: pip install 'drcnn[export]'"
             ) from None
-        save_onnx(predictor.model, out, info, arguments.opset)
+        with use_backend("reference"):  # the operators that have a translation
+            program = trace(predictor.model)
+        save_onnx(program, out, info, arguments.opset)
         return open_onnx(out, "cpu")[0]
     program = trace(predictor.model)
     for line in needs(program):

@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from onnxscript import opset18 as op
 from onnxscript.ir import DataType
-from torch import nn
+from torch.export import ExportedProgram
 
-from drcnn.engine.exporting import INPUTS, METADATA, ExportInfo, trace
+from drcnn.engine.exporting import INPUTS, METADATA, ExportInfo
 from drcnn.errors import ConfigError
-from drcnn.ops import use_backend
 from drcnn.ops.nms import float32_floor
 
 OUTPUTS = ("boxes", "scores", "labels", "valid", "masks")
@@ -19,11 +18,11 @@ _LEAST = -3e38
 """Below every score that counts."""
 
 
-def save_onnx(model: nn.Module, file: Path, info: ExportInfo, opset: int = 18) -> None:
-    """Writes a detector as one ONNX file; ``info`` is its metadata ``drcnn``.
+def save_onnx(program: ExportedProgram, file: Path, info: ExportInfo, opset: int = 18) -> None:
+    """Writes one ONNX file; ``info`` is its metadata ``drcnn``.
 
     Args:
-        model: detector on the CPU.
+        program: traced with the reference backend of the operators.
         file: to write.
         info: what a reader needs besides the graph.
         opset: version of ONNX's operators, at least 18.
@@ -31,27 +30,30 @@ def save_onnx(model: nn.Module, file: Path, info: ExportInfo, opset: int = 18) -
     Raises:
         ConfigError: if the detector has an operator that ONNX lacks.
     """
-    with use_backend("reference"):
-        program = trace(model)
     called = {node.target for node in program.graph.nodes if node.op == "call_function"}
     if torch.ops.drcnn_python.soft_nms.default in called:
         raise ConfigError(
             "ONNX has no Soft-NMS; switch it off, as by --model.box-head.soft-nms off, or pass --format torch"
         )
-    exported = torch.onnx.export(
-        program,
-        dynamo=True,
-        opset_version=opset,
-        input_names=INPUTS,
-        output_names=OUTPUTS[: len(program.graph_signature.user_outputs)],
-        custom_translation_table={
-            torch.ops.drcnn_python.nms.default: nms,
-            torch.ops.drcnn_python.roi_align.default: roi_align,
-        },
-        verbose=False,
-    )
+    outputs = OUTPUTS[: len(program.graph_signature.user_outputs)]
+    exported = translate(program, opset, input_names=INPUTS, output_names=outputs)
     exported.model.metadata_props[METADATA] = info.to_json()
     exported.save(file, external_data=False)
+
+
+def translate(program: ExportedProgram, opset: int = 18, **names: Sequence[str]) -> torch.onnx.ONNXProgram:
+    """Translates a program to ONNX.
+
+    Args:
+        program: traced with the reference backend of the operators.
+        opset: version of ONNX's operators.
+        names: ``input_names`` and ``output_names``.
+    """
+    operators = torch.ops.drcnn_python
+    table = {operators.nms.default: nms, operators.roi_align.default: roi_align}
+    return torch.onnx.export(
+        program, opset_version=opset, custom_translation_table=table, dynamo=True, verbose=False, **names
+    )
 
 
 def nms(boxes: Any, scores: Any, groups: Any, valid: Any, iou_threshold: Any, slots: Any) -> tuple[Any, Any]:
