@@ -30,10 +30,11 @@ def load_onnx(file: Path, device: str = "auto") -> tuple[ExportedDetector, Expor
     """
     if not file.is_file():
         raise WeightsError(f"{file} does not exist; make it with drcnn export RUN --format onnx --out {file}")
+    providers = _providers(device)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     try:
-        session = onnxruntime.InferenceSession(file, options, providers=_providers(device))
+        session = onnxruntime.InferenceSession(file, options, providers=providers)
     except Exception as error:  # onnxruntime has a class for each kind and no common one
         reason = str(error).strip().partition("\n")[0]
         raise WeightsError(
