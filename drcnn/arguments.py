@@ -50,6 +50,24 @@ def parse(
     return parsed
 
 
+def split_fields(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Parts a verb's own arguments from flags of a config's fields, which have a dot: ``--data.root``.
+
+    What follows such a flag up to the next one belongs to it.
+
+    Returns:
+        The verb's arguments, and the fields' flags with their values.
+    """
+    own: list[str] = []
+    fields: list[str] = []
+    target = own
+    for argument in argv:
+        if argument.startswith("--"):
+            target = fields if "." in argument.partition("=")[0] else own
+        target.append(argument)
+    return own, fields
+
+
 def _hint(kind: type, argument: str, program: str) -> str:
     known = [f"--{item.name.replace('_', '-')}" for item in dataclasses.fields(kind)]
     near = difflib.get_close_matches(argument.partition("=")[0], known, n=1, cutoff=0.5)

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,13 +10,14 @@ import torch
 from safetensors.torch import save_file
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
-from drcnn.config import Config, from_dict, to_dict
+from drcnn.config import Config, apply_overrides, from_dict, to_dict
 from drcnn.data import DataConfig, SplitConfig
 from drcnn.engine.checkpoint import FORMAT, check_state, find_checkpoint
 from drcnn.engine.distributed import pick_device
 from drcnn.engine.ema import evaluated_weights
 from drcnn.engine.predictor import Predictor
 from drcnn.errors import ConfigError, DrcnnError, WeightsError
+from drcnn.tta import Augmentation, SoftNmsChoice, tta_flags
 from drcnn.weights import load_weights, read_content, recognise, unwrap
 
 if TYPE_CHECKING:
@@ -30,6 +31,10 @@ def load(
     path: str | os.PathLike,
     device: torch.device | str = "auto",
     amp: Literal["off", "bf16", "fp16"] = "off",
+    *,
+    tta: Augmentation = "config",
+    soft_nms: SoftNmsChoice = "config",
+    overrides: Sequence[str] = (),
 ) -> Predictor:
     """Loads a trained detector.
 
@@ -39,11 +44,15 @@ def load(
             maskrcnn-benchmark or the Dynamic R-CNN author.
         device: "auto" takes a GPU if there is one.
         amp: autocast type of the forward.
+        tta: test-time augmentation; see :func:`drcnn.tta.tta_flags`.
+        soft_nms: Soft-NMS; see there.
+        overrides: flags that set fields of the run's config, such as ``["--data.test-short-side", "600"]``.
 
     Returns:
         A callable that takes images and gives results.
 
     Raises:
+        ConfigError: a flag of ``overrides`` that cannot be used.
         WeightsError: there is no checkpoint, it is damaged, or it does not fit this version of drcnn.
         ConfigError: an ONNX file that cannot be run here.
     """
@@ -51,7 +60,10 @@ def load(
         detector, info = open_onnx(Path(path), str(device))
         return Predictor(detector, info.data_config(), info.categories, info.category_ids, device="cpu")
     file, state = read_state(path)
-    return restore(state, restore_config(state, str(file)), str(file), device=device, amp=amp)
+    config = restore_config(state, str(file))
+    changes = [*tta_flags(config, tta, soft_nms), *overrides]
+    config = apply_overrides(config, changes) if changes else config
+    return restore(state, config, str(file), device=device, amp=amp)
 
 
 def open_onnx(file: Path, device: str) -> tuple["ExportedDetector", "ExportInfo"]:

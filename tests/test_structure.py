@@ -18,7 +18,7 @@ LAYERS = [
     {"weights"},
     {"data"},
     {"engine"},
-    {"command", "config", "loading", "arguments"},
+    {"command", "config", "loading", "tta", "arguments"},
     {
         "presets",
         "sparse_presets",
@@ -29,6 +29,7 @@ LAYERS = [
         "compare",
         "predict",
         "export",
+        "benchmark",
         "convert",
         "plot",
         "report",

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from drcnn.data.remote import RemoteFile
 from drcnn.errors import DataError
 
 MAX_PIXELS = 178_956_970
@@ -22,7 +23,7 @@ _pillow_limit = threading.Lock()
 
 
 def load_image(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | RemoteFile,
     *,
     size: tuple[int, int] | None = None,
     upright: bool = False,
@@ -36,7 +37,7 @@ def load_image(
     stored one is the rotation applied. Of an animation the first picture is taken.
 
     Args:
-        path (str | PathLike): the file.
+        path (str | PathLike | RemoteFile): the file, or the content of an address.
         size (tuple[int, int] | None): height and width in pixels that the image must have.
         upright (bool): apply the EXIF orientation always, for photographs without annotations.
         max_pixels (int): most pixels that are decoded: a file of a few bytes can state any size.

@@ -53,16 +53,21 @@ class Countdown:
         """Prints a line on stderr without disturbing the bar."""
         self._console.print(line, markup=False)
 
-    def __call__(self, done: int, total: int) -> None:
-        """Shows that ``done`` of ``total`` are done."""
+    def __call__(self, done: int, total: int | None) -> None:
+        """Shows that ``done`` of ``total`` are done; None where nobody knows how many there will be."""
         if self._silent:
             return
         now = time.monotonic()
         rate = done / max(now - self._start, 1e-9)
-        speed = f"{rate:.1f} {self._unit}/s" if rate >= 1 else f"{1 / max(rate, 1e-9):.1f} s/image"
+        speed = (
+            f"{rate:.1f} {self._unit}/s" if rate >= 1 else f"{1 / max(rate, 1e-9):.1f} s/{self._unit[:-1]}"
+        )
         if self._bar is not None:
             self._bar.update(self._task, completed=done, total=total, speed=speed)
         elif now - self._last >= SECONDS_BETWEEN_LINES or done == total:
             self._last = now
+            if total is None:
+                self.say(f"{self._title} {done} {self._unit}  {speed}")
+                return
             eta = format_time((total - done) / max(rate, 1e-9))
             self.say(f"{self._title} {done}/{total} {self._unit}  {speed}  ETA {eta}")

@@ -1,10 +1,11 @@
 """Finding objects in single images: the object behind ``drcnn.load`` and its results."""
 
+import itertools
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -12,88 +13,22 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from drcnn.data import CocoDataset, DataConfig, eval_views, load_image, make_view, pad_view
+from drcnn.data.remote import fetch, is_url
 from drcnn.engine.augmented import detect_views
-from drcnn.engine.drawing import draw_boxes
 from drcnn.engine.evaluator import AMP_TYPES, scale_boxes
-from drcnn.engine.masks import encode_masks, paste_masks
+from drcnn.engine.masks import paste_masks
+from drcnn.engine.result import DRAW_THRESHOLD, Result, class_labels
 from drcnn.errors import DataError
-
-DRAW_THRESHOLD = 0.5
-"""Boxes of lower score are not drawn unless a threshold is asked for: they would hide the picture."""
+from drcnn.structures import Detections, ImageBatch
 
 ImageLike = str | os.PathLike | np.ndarray | Tensor | Image.Image
 
 
-@dataclass(frozen=True, eq=False)
-class Result:
-    """What was found in one image, by falling score.
+class Detector(Protocol):
+    """What a predictor runs: a detector in evaluation mode, or anything that takes and gives the same."""
 
-    Attributes:
-        boxes (Tensor[n, 4]): float32 xyxy in pixels of the original image.
-        scores (Tensor[n]): confidence in 0..1.
-        labels (Tensor[n]): int64 in 0..K-1.
-        categories: name of each label.
-        category_ids: COCO category id of each label.
-        image (np.ndarray[H, W, 3]): the original image, uint8 RGB.
-        masks (Tensor[n, H, W] | None): bool masks in the original image, from detectors that have them.
-        score_threshold: the threshold that was asked for, if any.
-    """
-
-    boxes: Tensor
-    scores: Tensor
-    labels: Tensor
-    categories: tuple[str, ...]
-    category_ids: tuple[int, ...]
-    image: np.ndarray = field(repr=False)
-    masks: Tensor | None = None
-    score_threshold: float | None = None
-
-    def __len__(self) -> int:
-        """Returns the number of objects found."""
-        return len(self.scores)
-
-    @property
-    def names(self) -> list[str]:
-        """Class name of each object."""
-        return [self.categories[label] for label in self.labels.tolist()]
-
-    def draw(self, score_threshold: float | None = None) -> Image.Image:
-        """Draws boxes with class name and score, and masks, on a copy of the image.
-
-        Args:
-            score_threshold: draw boxes with at least this score. Default: all, if the predictor was called
-                with a threshold; else those of at least 0.5.
-
-        Returns:
-            An RGB picture; small images are enlarged by a whole factor, so that the text can be read.
-        """
-        if score_threshold is None:
-            score_threshold = DRAW_THRESHOLD if self.score_threshold is None else self.score_threshold
-        shown = self.scores >= score_threshold
-        labels = self.labels[shown].tolist()
-        scores = self.scores[shown].tolist()
-        texts = [f"{self.categories[k]} {score:.2f}" for k, score in zip(labels, scores, strict=True)]
-        masks = None if self.masks is None else self.masks[shown].numpy()
-        return draw_boxes(self.image, self.boxes[shown].numpy(), labels, texts, masks)
-
-    def to_coco(self, image_id: int) -> list[dict]:
-        """Converts to COCO's results format.
-
-        Returns:
-            One dict per object: image_id, category_id, bbox as xywh in pixels, score, and segmentation as
-            compressed run lengths if there are masks.
-        """
-        boxes = self.boxes.double()
-        boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1).tolist()
-        found = zip(boxes, self.scores.tolist(), self.labels.tolist(), strict=True)
-        records = [
-            {"image_id": image_id, "category_id": self.category_ids[k], "bbox": box, "score": score}
-            for box, score, k in found
-        ]
-        if self.masks is not None:
-            for record, mask in zip(records, encode_masks(self.masks), strict=True):
-                record["segmentation"] = mask
-        return records
+    def __call__(self, images: ImageBatch) -> Detections:
+        """Finds objects in a padded batch of uint8 images; boxes are in its pixels."""
 
 
 class Predictor:
@@ -104,13 +39,13 @@ class Predictor:
         data_config: resize and padding of evaluation.
         categories: name of each label 0..K-1.
         category_ids: COCO category id of each label; 1..K if None.
-        device: where the model is; where its parameters are if None.
+        device: where the model takes images; where its parameters are if None, the CPU if it has none.
         amp: autocast type of the forward.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Detector,
         data_config: DataConfig,
         categories: Sequence[str],
         category_ids: Sequence[int] | None = None,
@@ -122,7 +57,8 @@ class Predictor:
         self.categories = tuple(map(str, categories))
         ids = range(1, len(self.categories) + 1) if category_ids is None else category_ids
         self.category_ids = tuple(map(int, ids))
-        self.device = torch.device(device) if device is not None else next(model.parameters()).device
+        parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
+        self.device = torch.device(device or next((p.device for p in parameters), "cpu"))
         self.amp = AMP_TYPES[amp]
 
     @classmethod
@@ -141,48 +77,72 @@ class Predictor:
         images: ImageLike | Sequence[ImageLike],
         *,
         score_threshold: float | None = None,
+        classes: Sequence[str] | None = None,
         batch_size: int = 8,
     ) -> Result | list[Result]:
         """Finds objects.
 
         Args:
-            images: path, PIL image, uint8 RGB array [H, W, 3] or uint8 RGB tensor [3, H, W]; or a list of
-                them. Files and PIL images are turned upright as their EXIF orientation says.
+            images: path, http or https address, PIL image, uint8 RGB array [H, W, 3] or uint8 RGB tensor
+                [3, H, W]; or a list of them. Files and PIL images are turned upright as their EXIF
+                orientation says.
             score_threshold: leave out objects of lower score. Default: all that the model returns.
+            classes: names of the classes to find. Default: all.
             batch_size: images of a list that run together.
 
         Returns:
             One result for one image, a list for a list.
 
         Raises:
-            DataError: a file that is no image, or an array or tensor of another kind.
+            ConfigError: a name that is no class.
+            DataError: a file that is no image, an address that cannot be fetched, or an array or tensor of
+                another kind.
         """
+        labels = None if classes is None else class_labels(classes, self.categories)
         if not isinstance(images, list | tuple):
-            return self._detect([images], score_threshold)[0]
+            return self._detect([images], score_threshold, labels)[0]
         results: list[Result] = []
         for start in range(0, len(images), batch_size):
-            results += self._detect(images[start : start + batch_size], score_threshold)
+            results += self._detect(images[start : start + batch_size], score_threshold, labels)
         return results
 
+    def stream(
+        self,
+        images: Iterable[ImageLike],
+        *,
+        score_threshold: float | None = None,
+        classes: Sequence[str] | None = None,
+        batch_size: int = 8,
+    ) -> Iterator[Result]:
+        """Finds objects in one image after the other, such as the frames of a video, a batch at a time.
+
+        Takes the arguments of a call, but ``images`` is any iterable, and yields a result for each.
+        """
+        rest = iter(images)
+        while batch := list(itertools.islice(rest, batch_size)):
+            yield from self(batch, score_threshold=score_threshold, classes=classes, batch_size=len(batch))
+
     @torch.no_grad()
-    def _detect(self, sources: Sequence[ImageLike], score_threshold: float | None) -> list[Result]:
+    def _detect(
+        self, sources: Sequence[ImageLike], score_threshold: float | None, classes: Sequence[int] | None
+    ) -> list[Result]:
         config = self.data_config
         images = [_to_array(source, config.max_pixels) for source in sources]
         views = eval_views(config)
         batches = [pad_view([make_view(i, v) for i in images], v, config).to(self.device) for v in views]
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            with torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None):
-                found = detect_views(self.model, batches, config)
-        finally:
-            self.model.train(was_training)
+        with (
+            _evaluating(self.model),
+            torch.autocast(self.device.type, dtype=self.amp, enabled=self.amp is not None),
+        ):
+            found = detect_views(self.model, batches, config)
         original_sizes = torch.tensor([image.shape[:2] for image in images])
         scaled = scale_boxes(found.boxes, batches[0].sizes, original_sizes)
         boxes = scaled.cpu()
         scores, labels, valid = found.scores.float().cpu(), found.labels.cpu(), found.valid.cpu()
         if score_threshold is not None:
             valid = valid & (scores >= score_threshold)
+        if classes is not None:
+            valid = valid & torch.isin(labels, torch.tensor(classes, dtype=torch.int64))
         masks: list[Tensor | None] = [None] * len(images)
         if found.masks is not None:
             masks = [
@@ -241,8 +201,24 @@ def draw_predictions(
     return written
 
 
+@contextmanager
+def _evaluating(model: Detector) -> Iterator[None]:
+    """Puts a module in evaluation mode for a while; other detectors have no modes."""
+    if not isinstance(model, nn.Module):
+        yield
+        return
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 def _to_array(source: ImageLike, max_pixels: int) -> np.ndarray:
     """Brings an image of any accepted kind to uint8 RGB [H, W, 3]."""
+    if is_url(source):
+        return load_image(fetch(source), upright=True, max_pixels=max_pixels)
     if isinstance(source, str | os.PathLike):
         return load_image(source, upright=True, max_pixels=max_pixels)
     if isinstance(source, Image.Image):
@@ -262,5 +238,6 @@ def _to_array(source: ImageLike, max_pixels: int) -> np.ndarray:
             )
         return np.require(source, requirements=["C", "W"])
     raise DataError(
-        f"an image must be a path, a PIL image, a uint8 array or a uint8 tensor, got {type(source).__name__}"
+        "an image must be a path, an address, a PIL image, a uint8 array or a uint8 tensor, "
+        f"got {type(source).__name__}"
     )

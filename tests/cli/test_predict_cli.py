@@ -9,7 +9,8 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from drcnn.cli import main as drcnn
-from drcnn.predict import find_images, main, picture_names
+from drcnn.engine.prediction_files import PredictionFiles
+from drcnn.predict import find_inputs, main
 
 
 def error_of(capsys) -> str:
@@ -90,7 +91,7 @@ def test_a_broken_image_is_named_and_the_others_are_done(tiny_run, photos, tmp_p
     assert main([str(tiny_run), str(photos), "--out", str(out), "--batch-size", "4"]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert len([line for line in lines if line.startswith("warning: ") and str(broken) in line]) == 1
-    assert lines[-1] == f"1 of 4 images could not be read: {broken}"
+    assert lines[-1] == f"1 of 4 inputs could not be read: {broken}"
     images = json.loads((out / "images.json").read_text())["images"]
     assert len(images) == 3 and not (out / "broken.jpg").exists()
 
@@ -99,27 +100,27 @@ def test_only_broken_images(tiny_run, tmp_path, capsys):
     broken = tmp_path / "broken.jpg"
     broken.write_text("no image")
     assert main([str(tiny_run), str(broken), "--out", str(tmp_path / "out")]) == 1
-    assert "1 of 1 images could not be read" in capsys.readouterr().err
+    assert "1 of 1 inputs could not be read" in capsys.readouterr().err
 
 
 def test_files_folders_and_globs(photos, tmp_path):
     names = ["a.jpg", "b.jpg", "deep/a.jpg"]
     paths = [photos / name for name in names]
     out = tmp_path / "out"
-    assert find_images([str(photos)], out) == paths
-    assert find_images([str(photos / "**" / "*.jpg")], out) == paths
-    assert find_images([str(photos / "?.jpg")], out) == paths[:2]
-    assert find_images([str(photos / "b.jpg"), str(photos)], out) == [paths[1], paths[0], paths[2]]
+    assert find_inputs([str(photos)], out) == paths
+    assert find_inputs([str(photos / "**" / "*.jpg")], out) == paths
+    assert find_inputs([str(photos / "?.jpg")], out) == paths[:2]
+    assert find_inputs([str(photos / "b.jpg"), str(photos)], out) == [paths[1], paths[0], paths[2]]
     odd = photos / "odd[1].jpg"
     shutil.copy(paths[0], odd)
-    assert find_images([str(odd)], out) == [odd]
+    assert find_inputs([str(odd)], out) == [odd]
     # Pictures of an earlier run are no input.
-    assert find_images([str(photos)], photos / "deep") == [paths[0], paths[1], odd]
+    assert find_inputs([str(photos)], photos / "deep") == [paths[0], paths[1], odd]
 
 
 def test_names_of_pictures_never_repeat(tmp_path):
-    files = [tmp_path / name for name in ("a.jpg", "a.png", "x/a.jpg", "A.jpg", "a_2.jpg")]
-    names = picture_names(files)
+    with PredictionFiles(tmp_path / "out", [], []) as files:
+        names = [files.name(stem, ".jpg") for stem in ("a", "a", "a", "A", "a_2")]
     assert len({name.lower() for name in names}) == 5 and names[0] == "a.jpg"
 
 
@@ -129,13 +130,19 @@ def test_errors_are_one_line(tiny_run, photos, tmp_path, capsys):
     run = str(tiny_run)
     for arguments, words in (
         ([run], "no input"),
-        ([run, str(photos / "*.png")], "no image matches"),
-        ([run, str(photos / "absent.jpg")], "no image matches"),
+        ([run, str(photos / "*.png")], "no image or video matches"),
+        ([run, str(photos / "absent.jpg")], "no image or video matches"),
         ([run, str(empty)], "holds no image"),
         ([str(tmp_path / "absent"), str(photos)], "does not exist"),
         ([run, str(photos), "--score", "2"], "--score"),
         ([run, str(photos), "--batch-size", "0"], "--batch-size"),
         ([run, str(photos), "--threads", "0"], "--threads"),
+        ([run, str(photos), "--frames", "0"], "--frames"),
+        ([run, str(photos), "--timeout", "0"], "--timeout"),
+        ([run, str(photos), "--camera", "0"], "--camera"),
+        ([run, str(photos), "--classes", "Circel"], "did you mean 'circle'?"),
+        ([run, str(photos), "--tta", "all"], "--tta"),
+        ([run, str(photos), "--data.test-short-sid", "64"], "did you mean --data.test-short-side?"),
         ([run, str(photos), "--device", "abacus"], "abacus"),
         ([run, str(photos), "--scores", "0.3"], "did you mean --score?"),
         ([run, str(photos), "--out", str(photos / "notes.txt" / "out")], "--out"),
