@@ -10,22 +10,15 @@ import json
 import statistics
 import sys
 import time
-from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection import FasterRCNN
-from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
-from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
-from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from drcnn.config import Config, load_config
 from drcnn.data import load_split, train_loader
 from drcnn.engine.evaluator import evaluate
 from drcnn.engine.optim import build_optimizer, lr_at, set_lr
-from drcnn.models import FasterRCNNConfig
+from drcnn.engine.torchvision_twin import torchvision_twin
 from drcnn.structures import Detections, ImageBatch, Targets
 
 
@@ -34,25 +27,9 @@ class TorchvisionDetector(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        model, rpn, head = config.model, config.model.rpn, config.model.box_head
-        levels = [str(level) for level in range(4)]
-        self.detector = FasterRCNN(
-            _backbone(model),
-            min_size=config.data.test_short_side,
-            max_size=config.data.test_max_size,
-            rpn_anchor_generator=AnchorGenerator(
-                tuple((size,) for size in rpn.anchors.sizes), (rpn.anchors.ratios,) * len(rpn.anchors.sizes)
-            ),
-            rpn_pre_nms_top_n_train=rpn.pre_nms,
-            rpn_post_nms_top_n_train=rpn.post_nms,
-            rpn_pre_nms_top_n_test=rpn.test_pre_nms,
-            rpn_post_nms_top_n_test=rpn.test_post_nms,
-            rpn_nms_thresh=rpn.nms,
-            box_roi_pool=MultiScaleRoIAlign(levels, head.pool_size, head.sampling_ratio),
-            box_head=TwoMLPHead(model.fpn.channels * head.pool_size**2, head.channels),
-            box_predictor=FastRCNNPredictor(head.channels, model.num_classes + 1),
-            box_batch_size_per_image=head.samples,
-            box_positive_fraction=head.positive_fraction,
+        data = config.data
+        self.detector = torchvision_twin(
+            config.model, min_size=data.test_short_side, max_size=data.test_max_size
         )
 
     def forward(self, images: ImageBatch, targets: Targets | None = None) -> dict[str, Tensor] | Detections:
@@ -66,17 +43,6 @@ class TorchvisionDetector(nn.Module):
             for boxes, labels, valid in zip(*targets[:3], strict=True)
         ]
         return self.detector(listed, wanted)
-
-
-def _backbone(config: FasterRCNNConfig) -> nn.Module:
-    norm = {"gn": partial(nn.GroupNorm, 32), "bn": nn.BatchNorm2d}[config.backbone.norm]
-    backbone = resnet_fpn_backbone(
-        backbone_name=config.backbone.name, weights=None, norm_layer=norm, trainable_layers=5
-    )
-    channels = [block[0].in_channels for block in backbone.fpn.inner_blocks]
-    backbone.fpn = FeaturePyramidNetwork(channels, config.fpn.channels, extra_blocks=LastLevelMaxPool())
-    backbone.out_channels = config.fpn.channels
-    return backbone
 
 
 def _pad(outputs: list[dict[str, Tensor]]) -> Detections:

@@ -28,6 +28,7 @@ from drcnn.data import load_image
 from drcnn.engine.countdown import Countdown
 from drcnn.engine.distributed import pick_device
 from drcnn.engine.latency import Contender, Timing, time_in_turns
+from drcnn.engine.random_weights import settle
 from drcnn.engine.torchvision_twin import share_weights, torchvision_twin
 from drcnn.errors import ConfigError
 from drcnn.loading import read_state, restore, restore_config
@@ -40,7 +41,7 @@ DESCRIPTION = """Times detectors on this device, in turns, beside torchvision's 
 
 Examples:
   drcnn benchmark                                    Faster and Dynamic R-CNN R-50, 800 x 1344, batch 1
-  drcnn benchmark --table6                           Table 6 of Dynamic R-CNN: against Cascade R-CNN, with masks
+  drcnn benchmark --table6                           Table 6 of the paper: Dynamic and Cascade, with masks
   drcnn benchmark runs/mine --images photos/ --batch-sizes 1 4 8 --dtypes fp32 bf16
   drcnn benchmark configs/bccd.py --size 256 352 --backends native reference --out speed.json
 
@@ -62,8 +63,8 @@ class BenchmarkArguments:
     """Flags of the verb."""
 
     detectors: Positional[Annotated[tuple[str, ...], arg(metavar="[CONFIG | RUN ...]")]] = ()
-    """Config files (random weights), run folders, checkpoints or weights of any known system; none for Faster
-    and Dynamic R-CNN with ResNet-50."""
+    """Config files (with random weights), run folders, checkpoints or weights of any known system; Faster and
+    Dynamic R-CNN with ResNet-50 if there are none."""
     table6: bool = False
     """Dynamic against Cascade R-CNN, with and without masks, beside the figures of the paper."""
     size: tuple[int, int] = (800, 1344)
@@ -103,7 +104,7 @@ def main(argv: list[str]) -> int:
         torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     pixels = make_images(arguments)
-    models = build(arguments, fields, device)
+    models = build(arguments, fields, pixels[:1].to(device))
     theirs = twins(models, device) if arguments.torchvision and not arguments.table6 else {}
     contenders = [
         contender
@@ -151,21 +152,25 @@ def make_images(arguments: BenchmarkArguments) -> Tensor:
     return torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in pictures])
 
 
-def build(arguments: BenchmarkArguments, fields: Sequence[str], device: torch.device) -> dict[str, nn.Module]:
-    """Makes the detectors, by name, in evaluation mode on the device."""
+def build(arguments: BenchmarkArguments, fields: Sequence[str], pixels: Tensor) -> dict[str, nn.Module]:
+    """Makes the detectors, by name, in evaluation mode on the device of ``pixels`` (uint8 [B, 3, H, W])."""
     models: dict[str, nn.Module] = {}
+    configs: dict[str, Config] = {}
     if not arguments.detectors:
         for name, model in (_table_6() if arguments.table6 else _usual()).items():
-            models[name] = apply_overrides(Config(model, presets.coco()), fields).model.build()
+            configs[name] = apply_overrides(Config(model, presets.coco()), fields)
     for given in dict.fromkeys(arguments.detectors):
-        name = given if Path(given).stem in models else Path(given).stem
+        name = Path(given).stem if Path(given).stem not in {*configs, *models} else given
         if given.endswith(".py"):
-            models[name] = load_config(given, fields).model.build()
-        else:
-            file, state = read_state(given)
-            config = apply_overrides(restore_config(state, str(file)), fields)
-            models[name] = restore(state, config, str(file), device=device).model
-    return {name: model.to(device).eval() for name, model in models.items()}
+            configs[name] = load_config(given, fields)
+            continue
+        file, state = read_state(given)
+        config = apply_overrides(restore_config(state, str(file)), fields)
+        models[name] = restore(state, config, str(file), device=pixels.device).model
+    for name, config in configs.items():
+        models[name] = config.model.build().to(pixels.device).eval()
+        settle(models[name], image_batch(pixels))
+    return models
 
 
 def _usual() -> dict[str, Any]:
@@ -200,6 +205,11 @@ def twins(models: dict[str, nn.Module], device: torch.device) -> dict[str, nn.Mo
     return found
 
 
+def image_batch(pixels: Tensor) -> ImageBatch:
+    """Makes a batch of images without padding (uint8 Tensor[B, 3, H, W])."""
+    return ImageBatch(pixels, torch.tensor([pixels.shape[-2:]] * len(pixels), device=pixels.device))
+
+
 def line_up(
     models: dict[str, nn.Module],
     theirs: dict[str, nn.Module],
@@ -211,8 +221,7 @@ def line_up(
 
     Each is given what it takes, on the device: ours uint8 images, torchvision's floating-point ones.
     """
-    sizes = torch.tensor([pixels.shape[-2:]] * len(pixels), device=pixels.device)
-    batch, listed = ImageBatch(pixels, sizes), list(pixels.float() / 255)
+    batch, listed = image_batch(pixels), list(pixels.float() / 255)
     with_dtype = partial(_run, device_type=pixels.device.type, amp=_AMP[dtype])
     common = {"dtype": dtype, "batch": len(pixels), "count": _count}
     for name, model in models.items():

@@ -142,9 +142,8 @@ def peak_memory(run: Run, device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     # Its library writes notes about itself to stderr.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as seen:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as seen:
         run()
     held = peak = 0
     for event in seen.profiler.kineto_results.events():
