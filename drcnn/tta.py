@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from drcnn.config import Config, flags
 from drcnn.errors import ConfigError
+from drcnn.models import SparseRCNNConfig
 
 Augmentation = Literal["config", "off", "flip", "scales"]
 """What the config says; one view; an image and its mirror image; three scales, each with its mirror image."""
@@ -29,7 +30,7 @@ def tta_flags(config: Config, tta: Augmentation, soft_nms: SoftNmsChoice) -> lis
         Flags for :func:`drcnn.config.apply_overrides`.
 
     Raises:
-        ConfigError: the detector has no NMS.
+        ConfigError: Soft-NMS for a detector that has no NMS.
     """
     return [*_augmentation(config, tta), *_soft_nms(config, soft_nms)]
 
@@ -54,10 +55,10 @@ def _augmentation(config: Config, tta: Augmentation) -> list[str]:
 def _soft_nms(config: Config, soft_nms: SoftNmsChoice) -> list[str]:
     if soft_nms == "config":
         return []
-    chosen = [flag for flag, _ in _fields(config, "soft-nms")]
-    if not any(flag.startswith("--model.") for flag in chosen):
-        raise ConfigError("--soft-nms has no meaning here: the detector has no NMS")
-    return [part for flag in chosen for part in (flag, soft_nms)]
+    model = config.model
+    if isinstance(model, SparseRCNNConfig) and not model.assignment.build(model.head.stages).many_to_one:
+        raise ConfigError("--soft-nms has no meaning here: a detector of one-to-one assignment has no NMS")
+    return [part for flag, _ in _fields(config, "soft-nms") for part in (flag, soft_nms)]
 
 
 def _fields(config: Config, leaf: str) -> list[tuple[str, Any]]:

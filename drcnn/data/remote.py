@@ -2,6 +2,7 @@
 
 import http.client
 import io
+import re
 import time
 import urllib.error
 import urllib.request
@@ -41,7 +42,8 @@ def is_url(text: object) -> bool:
 
 def url_name(url: str) -> str:
     """Returns the file name in an address: the last part of its path, or ``image``."""
-    return unquote(urlsplit(url).path).replace("\\", "/").rstrip("/").rpartition("/")[2] or "image"
+    path = re.split("[?#]", url.partition("://")[2])[0].partition("/")[2]
+    return unquote(path).replace("\\", "/").rstrip("/").rpartition("/")[2] or "image"
 
 
 def fetch(url: str, *, max_megabytes: float = MAX_MEGABYTES, timeout: float = TIMEOUT) -> RemoteFile:
@@ -59,8 +61,8 @@ def fetch(url: str, *, max_megabytes: float = MAX_MEGABYTES, timeout: float = TI
         DataError: the address cannot be reached, answers with an error, too slowly, or with too much.
     """
     limit, deadline = int(max_megabytes * 1e6), time.monotonic() + timeout
-    request = urllib.request.Request(url, headers={"User-Agent": "drcnn"})
     try:
+        request = urllib.request.Request(url, headers={"User-Agent": "drcnn"})
         with urllib.request.urlopen(request, timeout=timeout) as response:
             if urlsplit(response.url).scheme not in _SCHEMES:
                 raise DataError(f"cannot fetch {url}: it leads to {response.url}, which is no web address")

@@ -12,10 +12,11 @@ from torch import nn
 import drcnn
 from drcnn import presets
 from drcnn.config import Config, to_dict
+from drcnn.data import eval_views
 from drcnn.engine.checkpoint import save_checkpoint
 from drcnn.engine.drawing import class_color, draw_boxes
 from drcnn.engine.predictor import Predictor, draw_predictions
-from drcnn.errors import DataError, DrcnnError, WeightsError
+from drcnn.errors import ConfigError, DataError, DrcnnError, WeightsError
 from drcnn.structures import Detections
 
 
@@ -94,6 +95,40 @@ def test_a_list_is_batched_and_keeps_its_order(predictor):
 def test_score_threshold(predictor):
     assert predictor(spot(), score_threshold=0.5).names == ["spot"]
     assert len(predictor(spot(), score_threshold=0.95)) == 0
+
+
+def test_classes(predictor):
+    assert predictor(spot(), classes=["whole"]).names == ["whole"]
+    assert len(predictor(spot(), classes=["whole"], score_threshold=0.5)) == 0
+    with pytest.raises(ConfigError, match="did you mean 'spot'"):
+        predictor(spot(), classes=["sport"])
+
+
+def test_a_stream_is_taken_batch_by_batch(predictor):
+    taken = []
+
+    def frames():
+        for number in range(5):
+            taken.append(number)
+            yield spot(box=(10 * number, 60, 80, 120))
+
+    results = predictor.stream(frames(), score_threshold=0.5, batch_size=2)
+    first = next(results)
+    assert taken == [0, 1] and first.names == ["spot"]
+    lefts = [first.boxes[0, 0].item(), *(result.boxes[0, 0].item() for result in results)]
+    assert lefts == pytest.approx([0, 10, 20, 30, 40], abs=2.1)
+    assert predictor.model.batches == [2, 2, 1]
+
+
+def test_a_detector_that_is_no_module(tiny_data):
+    def find(images):
+        assert images.tensor.dtype == torch.uint8
+        count = len(images.tensor)
+        boxes = torch.tensor([0.0, 0, 8, 8]).expand(count, 1, 4)
+        ones = torch.ones(count, 1)
+        return Detections(boxes, ones, ones.long() * 0, ones.bool())
+
+    assert Predictor(find, tiny_data, ["thing"])(spot()).names == ["thing"]
 
 
 def test_to_coco(predictor):
@@ -216,6 +251,23 @@ def test_load_gives_the_trained_model(run_folder, tiny_data):
     assert detector.categories == ("a", "b", "c", "d")
     again = drcnn.load(folder / "checkpoints" / "last.pt", device="cpu")(spot())
     assert torch.equal(again.boxes, result.boxes)
+
+
+def test_load_says_how_images_are_tested(run_folder):
+    folder, _, _ = run_folder
+    plain = drcnn.load(folder, device="cpu")
+    assert len(eval_views(plain.data_config)) == 1
+    detector = drcnn.load(
+        folder,
+        device="cpu",
+        tta="flip",
+        soft_nms="linear",
+        overrides=["--data.test-short-side", "32"],
+    )
+    assert [(v.short_side, v.hflip) for v in eval_views(detector.data_config)] == [(32, False), (32, True)]
+    assert detector.model.config.box_head.soft_nms == "linear"
+    with pytest.raises(ConfigError, match=r"did you mean --data\.test-short-side"):
+        drcnn.load(folder, device="cpu", overrides=["--data.test-short-sid", "32"])
 
 
 def test_load_names_what_does_not_fit(run_folder):
