@@ -43,7 +43,7 @@ def _augmentation(config: Config, tta: Augmentation) -> list[str]:
     if tta == "off":
         return plain
     # As many as the detector keeps of one view.
-    most = max((value for _, value in _fields(config, "detections")), default=100)
+    most = max(value for flag, value in _fields(config, "detections") if flag.startswith("--model."))
     chosen = [f"{name}.hflip", f"{name}.no-vflip", f"{name}.detections", str(most), f"{name}.short-sides"]
     if tta == "scales":
         data = config.data

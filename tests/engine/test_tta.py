@@ -39,6 +39,8 @@ def test_views(tiny_data):
     ]
     # As many objects as one view may have.
     assert scales.data.test_augmentation.detections == model.box_head.detections == 300
+    few = apply_overrides(config, ["--model.box-head.detections", "7"])
+    assert apply_overrides(few, tta_flags(few, "flip", "config")).data.test_augmentation.detections == 7
     off = apply_overrides(scales, tta_flags(scales, "off", "config"))
     assert eval_views(off.data) == eval_views(config.data)
 
