@@ -26,6 +26,8 @@ from drcnn.weights.torchvision_detectors import convert
 
 _POOLED = ["0", "1", "2", "3"]
 """torchvision's names of P2 to P5."""
+_DENSE_BIAS, _NEVER = "classification_head.cls_logits.bias", -100.0
+"""Dense heads of torchvision have an output for the background, which must not become an object."""
 
 
 def torchvision_twin(config: Any, *, min_size: int = 800, max_size: int = 1333) -> nn.Module:
@@ -69,7 +71,7 @@ def share_weights(ours: nn.Module, twin: nn.Module) -> None:
     """Copies the weights of one of our detectors into its twin.
 
     The importer of torchvision's weights is run on numbers in their stead: where each of them lands says
-    where its weight comes from. What ours does not have, such as the background's boxes, stays as it was.
+    where its weight comes from. What ours does not have, the background's outputs, is 0, or never an object.
 
     Args:
         ours: our detector.
@@ -81,7 +83,12 @@ def share_weights(ours: nn.Module, twin: nn.Module) -> None:
         name: torch.arange(end - tensor.numel(), end).view(tensor.shape)
         for (name, tensor), end in zip(theirs.items(), ends, strict=True)
     }
-    values = torch.cat([tensor.detach().flatten().double().cpu() for tensor in theirs.values()])
+    values = torch.cat(
+        [
+            torch.full((tensor.numel(),), _NEVER if name.endswith(_DENSE_BIAS) else 0.0, dtype=torch.float64)
+            for name, tensor in theirs.items()
+        ]
+    )
     landed = convert(Weights(numbers), ours.config.num_classes).tensors
     for name, tensor in ours.state_dict().items():
         # The importer adds what torchvision does not have, which has no numbers.
