@@ -52,11 +52,16 @@ def load(
         A callable that takes images and gives results.
 
     Raises:
-        ConfigError: a flag of ``overrides`` that cannot be used.
+        ConfigError: a flag of ``overrides`` that cannot be used; an ONNX file that cannot be run here, or
+            not with these arguments.
         WeightsError: there is no checkpoint, it is damaged, or it does not fit this version of drcnn.
-        ConfigError: an ONNX file that cannot be run here.
     """
     if Path(path).suffix.lower() == ".onnx":
+        if amp != "off" or (tta, soft_nms) != ("config", "config") or overrides:
+            raise ConfigError(
+                f"{path} finds objects as it was exported: autocast, test-time augmentation, Soft-NMS and fields "
+                "of the config belong to drcnn export, or to the run itself"
+            )
         detector, info = open_onnx(Path(path), str(device))
         return Predictor(detector, info.data_config(), info.categories, info.category_ids, device="cpu")
     file, state = read_state(path)

@@ -96,6 +96,15 @@ def test_predict_names_the_extra(tiny_coco, monkeypatch, tmp_path, capsys):
     assert message in error_of(capsys)
 
 
+@pytest.mark.parametrize(
+    "flags", [["--tta", "flip"], ["--soft-nms", "linear"], ["--amp", "bf16"], ["--data.test-short-side", "99"]]
+)
+def test_an_onnx_file_is_taken_as_it_is(flags, tiny_coco, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    assert drcnn(["predict", "some.onnx", str(tiny_coco / "images" / "test"), "--out", out, *flags]) == 2
+    assert "some.onnx finds objects as it was exported" in error_of(capsys)
+
+
 def test_help_has_examples(capsys):
     assert drcnn(["export", "--help"]) == 0
     said = capsys.readouterr().out
