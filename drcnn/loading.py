@@ -59,8 +59,8 @@ def load(
     if Path(path).suffix.lower() == ".onnx":
         if amp != "off" or (tta, soft_nms) != ("config", "config") or overrides:
             raise ConfigError(
-                f"{path} finds objects as it was exported: autocast, test-time augmentation, Soft-NMS and fields "
-                "of the config belong to drcnn export, or to the run itself"
+                f"{path} finds objects as it was exported: autocast, test-time augmentation, Soft-NMS and "
+                "fields of the config belong to drcnn export, or to the run itself"
             )
         detector, info = open_onnx(Path(path), str(device))
         return Predictor(detector, info.data_config(), info.categories, info.category_ids, device="cpu")

@@ -1,10 +1,12 @@
 """Decoding of image files to RGB."""
 
+import io
 import os
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -49,7 +51,7 @@ def load_image(
         DataError: if the file is missing, cannot be decoded, has more than ``max_pixels`` pixels, or has
             another size than ``size``.
     """
-    with _opened(path) as image:
+    with _opened(path, at_once=True) as image:
         _check_size(image, path, size, max_pixels)
         image.load()
         return _to_rgb(_oriented(image, size, upright), path, size)
@@ -79,13 +81,13 @@ def read_size(path: str | os.PathLike[str], *, upright: bool = False) -> tuple[i
 
 
 @contextmanager
-def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
-    """Opens a file, of which the header is read; whatever goes wrong with it is one DataError."""
+def _opened(path: str | os.PathLike[str] | RemoteFile, at_once: bool = False) -> Iterator[Image.Image]:
+    """Opens a file and reads its header, or all ``at_once``; whatever goes wrong with it is one DataError."""
     try:
         with warnings.catch_warnings():
             # Pillow warns of much that it then reads, or refuses with an error.
             warnings.simplefilter("ignore")
-            with _open(path) as image:
+            with _open(_content(path) if at_once else path) as image:
                 yield image
     except DataError:
         raise
@@ -98,7 +100,12 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
         raise DataError(f"image {path} cannot be decoded: {said}") from None
 
 
-def _open(path: str | os.PathLike[str]) -> Image.Image:
+def _content(path: str | os.PathLike[str] | RemoteFile) -> io.BytesIO:
+    """All of a file: decoding takes an eighth longer where the decoder reads it piece by piece."""
+    return path if isinstance(path, RemoteFile) else io.BytesIO(Path(path).read_bytes())
+
+
+def _open(path: str | os.PathLike[str] | io.BytesIO) -> Image.Image:
     try:
         return Image.open(path, formats=_FORMATS)
     except Image.DecompressionBombError:

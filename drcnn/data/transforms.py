@@ -6,7 +6,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
@@ -60,7 +59,7 @@ def resize_for_test(image: np.ndarray | Tensor, short_side: int, max_size: int) 
     """
     picture = image if isinstance(image, Tensor) else torch.from_numpy(image).permute(2, 0, 1)
     shape = resized_shape(picture.shape[-2], picture.shape[-1], short_side, max_size)
-    return F.resize(picture, list(shape), interpolation=InterpolationMode.BILINEAR, antialias=True)
+    return _resize(picture, shape)
 
 
 def augment(
@@ -92,7 +91,7 @@ def augment(
         kept = np.flatnonzero((boxes[:, 2:] > boxes[:, :2]).all(axis=1))
         boxes, cut = boxes[kept], cut[kept]
     shape = resized_shape(*image.shape[:2], short_side, config.max_size)
-    picture, xyxy = _resize_and_flip(image, boxes, shape, hflip, vflip)
+    picture, xyxy = _flip_and_resize(image, boxes, shape, hflip, vflip)
     masks = None
     if segmentations is not None:
         masks = _draw_masks([segmentations[i] for i in kept], shape, window, hflip, vflip)
@@ -104,22 +103,21 @@ def augment(
     return Augmented(picture, xyxy[torch.from_numpy(left)], masks[left], kept[left])
 
 
-def _resize_and_flip(
+def _flip_and_resize(
     image: np.ndarray, boxes: np.ndarray, shape: tuple[int, int], hflip: bool, vflip: bool
 ) -> tuple[Tensor, Tensor]:
-    """Scales an image to ``shape``, antialiased, and flips it; the boxes follow."""
-    height, width = image.shape[:2]
-    picture: Tensor = tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1))
-    xyxy: Tensor = tv_tensors.BoundingBoxes(
-        torch.from_numpy(boxes), format=tv_tensors.BoundingBoxFormat.XYXY, canvas_size=(height, width)
-    )
-    picture = F.resize(picture, list(shape), interpolation=InterpolationMode.BILINEAR, antialias=True)
-    xyxy = F.resize(xyxy, list(shape))
+    """Flips an image and scales it to ``shape``, mostly larger, antialiased; the boxes follow."""
+    size = image.shape[:2]
+    picture, boxes = torch.from_numpy(image).permute(2, 0, 1), boxes.copy()
     if hflip:
-        picture, xyxy = F.horizontal_flip(picture), F.horizontal_flip(xyxy)
+        picture, boxes[:, [0, 2]] = F.horizontal_flip(picture), size[1] - boxes[:, [2, 0]]
     if vflip:
-        picture, xyxy = F.vertical_flip(picture), F.vertical_flip(xyxy)
-    return picture.as_subclass(Tensor), xyxy.as_subclass(Tensor)
+        picture, boxes[:, [1, 3]] = F.vertical_flip(picture), size[0] - boxes[:, [3, 1]]
+    return _resize(picture, shape), scale_boxes(boxes, size, shape)
+
+
+def _resize(picture: Tensor, shape: tuple[int, int]) -> Tensor:
+    return F.resize(picture, list(shape), interpolation=InterpolationMode.BILINEAR, antialias=True)
 
 
 def _draw_masks(

@@ -97,7 +97,8 @@ def test_predict_names_the_extra(tiny_coco, monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "flags", [["--tta", "flip"], ["--soft-nms", "linear"], ["--amp", "bf16"], ["--data.test-short-side", "99"]]
+    "flags",
+    [["--tta", "flip"], ["--soft-nms", "linear"], ["--amp", "bf16"], ["--data.test-short-side", "99"]],
 )
 def test_an_onnx_file_is_taken_as_it_is(flags, tiny_coco, tmp_path, capsys):
     out = str(tmp_path / "out")
