@@ -18,6 +18,7 @@ VERBS = {
     "convert": "turn weights of any known system into one safetensors file",
     "report": "write one html page about one or more runs",
     "plot": "draw losses, T and beta, and AP of one or more runs",
+    "completion": "print a script that completes verbs and flags in a shell",
     "doctor": "say what is installed, what was built and what to do about each lack",
 }
 

@@ -33,6 +33,7 @@ LAYERS = [
         "convert",
         "plot",
         "report",
+        "completion",
         "doctor",
     },
 ]
