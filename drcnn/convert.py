@@ -15,11 +15,14 @@ from drcnn.errors import ConfigError
 from drcnn.loading import read_state, restore, restore_config, save_detector
 
 PROGRAM = "drcnn convert"
-DESCRIPTION = (
-    "Reads a detector of torchvision, MMDetection, Detectron2, maskrcnn-benchmark, the Dynamic R-CNN author "
-    "or drcnn, and writes it as a safetensors file that drcnn loads alone. Every field of the recognised "
-    "config is a flag as well, such as --model.rpn.nms 0.85."
-)
+DESCRIPTION = """Reads a detector of torchvision, MMDetection, Detectron2, maskrcnn-benchmark, the Dynamic R-CNN
+author or drcnn, and writes it as a safetensors file that drcnn loads alone. Every field of the recognised
+config is a flag as well.
+
+Examples:
+  drcnn convert faster_rcnn_r50_fpn_1x_coco.pth faster.safetensors
+  drcnn convert theirs.pth mine.safetensors --model.rpn.nms 0.85
+  drcnn predict mine.safetensors photos/"""
 
 
 @dataclass(frozen=True)

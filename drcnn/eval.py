@@ -24,10 +24,13 @@ from drcnn.errors import ConfigError, DataError
 from drcnn.loading import read_state, restore, restore_config
 
 PROGRAM = "drcnn eval"
-DESCRIPTION = (
-    "Evaluates a trained detector on a split of its data, or scores a file of COCO-format results. "
-    "Every field of the run's config is a flag as well, such as --data.root FOLDER."
-)
+DESCRIPTION = """Evaluates a trained detector on a split of its data, or scores a file of COCO-format results.
+Every field of the run's config is a flag as well, such as --data.root FOLDER.
+
+Examples:
+  drcnn eval runs/mine --split test
+  drcnn eval runs/mine --data.test-augmentation.hflip --data.test-short-side 600
+  drcnn eval --results results.json --annotations instances_val.json"""
 
 Evaluation = tuple[Metrics | None, list[dict]]
 """Numbers, if there are annotations to score against, and COCO-format results."""

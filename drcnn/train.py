@@ -28,9 +28,13 @@ from drcnn.errors import ConfigError
 from drcnn.structures import ImageBatch
 
 PROGRAM = "drcnn train"
-DESCRIPTION = (
-    "usage: drcnn train CONFIG [flags]. Trains the detector that CONFIG, a file in configs/, describes."
-)
+DESCRIPTION = """usage: drcnn train CONFIG [flags]. Trains the detector that CONFIG, a file in configs/, describes.
+
+Examples:
+  drcnn train configs/quickstart.py                           needs no data
+  drcnn train configs/r101_fpn_2x.py --data.root data/coco --train.amp bf16
+  drcnn train configs/r101_fpn_2x.py --resume
+  torchrun --nproc-per-node 8 -m drcnn.train configs/r101_fpn_2x.py"""
 OWN_FILES = ("config.json", "metrics.jsonl", "log.txt", "metrics_val.json", "metrics_test.json", "trace.json")
 OWN_FOLDERS = ("checkpoints", "predictions", "tensorboard", "wandb")
 
