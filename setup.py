@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "build_backend"))
 
 import drcnn_build  # noqa: E402
+import drcnn_kept  # noqa: E402
 import drcnn_toolchain  # noqa: E402
 
 
@@ -59,25 +60,37 @@ class BuildNative(build_ext):
             fail("pybind11 is missing; run `pip install pybind11`, or build without --no-build-isolation")
         output = Path(self.get_ext_fullpath("drcnn._C")).resolve()
         suffix = output.name[len("_C") :]
-        definitions = {
-            "CMAKE_MAKE_PROGRAM": tool("ninja"),
+        choices = {
             "CMAKE_BUILD_TYPE": "Debug" if self.debug else "Release",
-            "Python_EXECUTABLE": sys.executable,
-            "pybind11_DIR": pybind11.get_cmake_dir(),
-            "DRCNN_OUTPUT_DIR": output.parent,
             "DRCNN_EXT_SUFFIX": suffix,
             "DRCNN_TORCH_VERSION": torch.version,
-            "DRCNN_TORCH_INCLUDE_DIRS": ";".join(map(str, torch.include_dirs)),
-            "DRCNN_TORCH_LIBRARY_DIRS": ";".join(map(str, torch.library_dirs)),
             **cuda_definitions(torch),
         }
         say(f"building against torch {torch.version} in {torch.root}")
+        versions = {"pybind11": pybind11.__version__, "python": sys.version}
+        compilers = [drcnn_toolchain.find_compiler()]
+        if "CMAKE_CUDA_COMPILER" in choices:
+            compilers.append(choices["CMAKE_CUDA_COMPILER"])
+        kept = ROOT / "build" / "kept" / drcnn_kept.fingerprint(ROOT, choices | versions, compilers)
+        files = [f"{name}{suffix}" for name in ("_C", "_native")]
+        if drcnn_kept.restore(kept, files, output.parent):
+            say(f"nothing has changed since this was compiled: taken from {kept}")
+            return
+        definitions = choices | {
+            "CMAKE_MAKE_PROGRAM": tool("ninja"),
+            "Python_EXECUTABLE": sys.executable,
+            "pybind11_DIR": pybind11.get_cmake_dir(),
+            "DRCNN_OUTPUT_DIR": output.parent,
+            "DRCNN_TORCH_INCLUDE_DIRS": ";".join(map(str, torch.include_dirs)),
+            "DRCNN_TORCH_LIBRARY_DIRS": ";".join(map(str, torch.library_dirs)),
+        }
         folder = Path(self.build_temp).resolve() / "cmake"
         cmake = tool("cmake")
         flags = [f"-D{name}={value}" for name, value in definitions.items()]
         run([cmake, "-S", ROOT, "-B", folder, "-G", "Ninja", *flags])
         jobs = ["--parallel", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         run([cmake, "--build", folder, *jobs])
+        drcnn_kept.keep(kept, files, output.parent)
 
 
 def cuda_definitions(torch: drcnn_build.Torch) -> dict[str, object]:

@@ -15,9 +15,9 @@ from drcnn.errors import ConfigError
 from drcnn.loading import read_state, restore, restore_config, save_detector
 
 PROGRAM = "drcnn convert"
-DESCRIPTION = """Reads a detector of torchvision, MMDetection, Detectron2, maskrcnn-benchmark, the Dynamic R-CNN
-author or drcnn, and writes it as a safetensors file that drcnn loads alone. Every field of the recognised
-config is a flag as well.
+DESCRIPTION = """Reads a detector of torchvision, MMDetection, Detectron2, maskrcnn-benchmark, the Dynamic
+R-CNN author or drcnn, and writes it as a safetensors file that drcnn loads alone. Every field of the
+recognised config is a flag as well.
 
 Examples:
   drcnn convert faster_rcnn_r50_fpn_1x_coco.pth faster.safetensors

@@ -14,8 +14,8 @@ from drcnn.engine.curves import metrics_file, read_histories
 from drcnn.errors import ConfigError
 
 PROGRAM = "drcnn plot"
-DESCRIPTION = """Draws what runs logged in metrics.jsonl: losses, learning rate, T_now and beta_now, the share of
-the loss by size of object with the collages, AP. Several runs are drawn over each other.
+DESCRIPTION = """Draws what runs logged in metrics.jsonl: losses, learning rate, T_now and beta_now, the share
+of the loss by size of object with the collages, AP. Several runs are drawn over each other.
 Needs matplotlib: pip install 'drcnn[plot]'.
 
 Examples:

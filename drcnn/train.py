@@ -28,7 +28,8 @@ from drcnn.errors import ConfigError
 from drcnn.structures import ImageBatch
 
 PROGRAM = "drcnn train"
-DESCRIPTION = """usage: drcnn train CONFIG [flags]. Trains the detector that CONFIG, a file in configs/, describes.
+DESCRIPTION = """usage: drcnn train CONFIG [flags]
+Trains the detector that CONFIG, a file in configs/, describes.
 
 Examples:
   drcnn train configs/quickstart.py                           needs no data

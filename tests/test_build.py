@@ -260,3 +260,42 @@ def test_architectures_of_a_real_toolkit(toolchain):
     if toolkit is None:
         pytest.skip("no CUDA toolkit on this machine")
     assert "9.0" in toolkit.architectures
+
+
+@pytest.fixture
+def source(tmp_path):
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "CMakeLists.txt").write_text("project(x)")
+    (tmp_path / "csrc" / "a.cpp").write_text("int a;")
+    return tmp_path
+
+
+def test_a_fingerprint_follows_all_that_decides_about_a_build(source):
+    kept = _load("drcnn_kept")
+    compiler = _script(source / "bin" / "c++", "echo 1.0")
+    settings = {"torch": "2.10", "cuda": None}
+
+    def name(settings=settings, environ={}):  # noqa: B006
+        return kept.fingerprint(source, settings, [compiler], environ)
+
+    seen = [name(), name(settings | {"torch": "2.11"}), name(environ={"CXXFLAGS": "-O0"})]
+    assert name(environ={"HOME": "/"}) == seen[0]
+    for file, text in (("CMakeLists.txt", "project(y)"), ("csrc/a.cpp", "int b;"), ("csrc/b.h", "")):
+        (source / file).write_text(text)
+        seen.append(name())
+    _script(compiler, "echo 1.1")
+    seen.append(name())
+    assert len(set(seen)) == len(seen)
+
+
+def test_what_was_compiled_is_kept_until_the_next_build(tmp_path):
+    kept = _load("drcnn_kept")
+    built, first, second = tmp_path / "built", tmp_path / "kept" / "1", tmp_path / "kept" / "2"
+    built.mkdir()
+    (built / "a.so").write_text("a")
+    assert not kept.restore(first, ["a.so"], tmp_path / "out")
+    kept.keep(first, ["a.so"], built)
+    assert not kept.restore(first, ["a.so", "b.so"], tmp_path / "out") and not (tmp_path / "out").exists()
+    assert kept.restore(first, ["a.so"], tmp_path / "out") and (tmp_path / "out" / "a.so").read_text() == "a"
+    kept.keep(second, ["a.so"], built)
+    assert not first.exists() and second.is_dir()
