@@ -30,7 +30,7 @@ _LINK = re.compile(r"(?<=\]\()(?:\.\./)+[^)#\s]+")
 _PAGE_LINK = re.compile(r"(\]\([^)\s]*)\.ipynb(?=[)#])")
 _DRAWING = re.compile(r'<img alt="([^"]*)" src="(?:\.\./)*(figures/[\w-]+\.svg)" />')
 _ROLE = re.compile(r":(?:func|class|meth|mod|attr):(?=<code>)")
-_FRAME = re.compile(r"^[╭╰]─*[╮╯]?$")
+_FRAME = re.compile(r"^(?:[╭╰]─*[╮╯]?|[│ ]*[─-]{20,}[│ ]*)$")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -132,7 +132,7 @@ def notebook_files(path: Path, uri: str, config: MkDocsConfig) -> Iterator[File]
             if "image/png" in data:
                 number += 1
                 name = f"{stem}_{number}.png"
-                yield File.generated(config, name, content=b64decode(data["image/png"]))
+                yield File.generated(config, name, content=b64decode("".join(data["image/png"])))
                 parts.append(f"![Output of the cell above]({posixpath.basename(name)})")
             elif "text/plain" in data:
                 printed += "".join(data["text/plain"]) + "\n"
