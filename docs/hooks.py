@@ -13,6 +13,7 @@ import json
 import os
 import posixpath
 import re
+import textwrap
 from base64 import b64decode
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
-HELP_COLUMNS = "88"
+HELP_COLUMNS = 88
 FIELDS = "Fields of the config"
 """Where the help of some verbs goes on with every field of a config."""
 
@@ -71,7 +72,8 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
     def draw(match: re.Match) -> str:
         text = (Path(config.docs_dir) / match[2]).read_text()
         text = re.sub(r"<\?xml.*?\?>|<style>.*?</style>|<!--.*?-->", "", text, flags=re.S).strip()
-        return text.replace("<svg ", f'<svg class="drawing" role="img" aria-label="{match[1]}" ', 1)
+        text = text.replace("<svg ", f'<svg role="img" aria-label="{match[1]}" ', 1)
+        return f'<span class="drawing">{text}</span>'
 
     return _ROLE.sub("", _DRAWING.sub(draw, html))
 
@@ -98,7 +100,7 @@ def command_line() -> str:
     """Collects what ``--help`` of every verb prints; fields of a config are shown once, with train's."""
     from drcnn import cli
 
-    os.environ.update(COLUMNS=HELP_COLUMNS, NO_COLOR="1", TERM="dumb")
+    os.environ.update(COLUMNS=str(HELP_COLUMNS), NO_COLOR="1", TERM="dumb")
     parts = ["# Command line\n", "What `--help` prints.\n", fenced(cli.usage())]
     for verb, meaning in cli.VERBS.items():
         text = printed_help(verb)
@@ -116,7 +118,8 @@ def printed_help(verb: str) -> str:
         importlib.import_module(f"drcnn.{verb}").main(["--help"])
     lines = [line.rstrip() for line in said.getvalue().splitlines()]
     kept = [line.removeprefix("│").removesuffix("│").rstrip() for line in lines if not _FRAME.match(line)]
-    return re.sub(r"^╭─ (.*?) ─*╮$", r"\1:", "\n".join(kept), flags=re.M)
+    wrapped = (line if len(line) <= HELP_COLUMNS else textwrap.fill(line, HELP_COLUMNS) for line in kept)
+    return re.sub(r"^╭─ (.*?) ─*╮$", r"\1:", "\n".join(wrapped), flags=re.M)
 
 
 def notebook_files(path: Path, uri: str, config: MkDocsConfig) -> Iterator[File]:

@@ -60,7 +60,7 @@ def test_the_reference_comes_from_the_code(site):
 
 def test_drawings_are_in_their_pages(site):
     html = (site / "dynamic_rcnn.html").read_text()
-    assert '<svg class="drawing"' in html
+    assert '<span class="drawing"><svg role="img" aria-label="Left' in html
     assert "<style>svg" not in html
 
 
