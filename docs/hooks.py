@@ -17,6 +17,7 @@ import textwrap
 from base64 import b64decode
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -92,7 +93,7 @@ def repository_page(target: str) -> str:
     text = (ROOT / target).read_text()
     head = f"---\ntitle: {target}\nsearch:\n  exclude: true\n---\n\n"
     if target.endswith(".md"):
-        return head + re.sub(r"\[([^\]]*)\]\((?!http)[^)]*\)", r"\1", text)
+        return head + re.sub(r"!?\[([^\]]*)\]\((?!http)[^)]*\)", r"\1", text)
     return f"{head}# {target}\n\n````{Path(target).suffix[1:] or 'text'}\n{text}\n````\n"
 
 
@@ -100,7 +101,6 @@ def command_line() -> str:
     """Collects what ``--help`` of every verb prints; fields of a config are shown once, with train's."""
     from drcnn import cli
 
-    os.environ.update(COLUMNS=str(HELP_COLUMNS), NO_COLOR="1", TERM="dumb")
     parts = ["# Command line\n", "What `--help` prints.\n", fenced(cli.usage())]
     for verb, meaning in cli.VERBS.items():
         text = printed_help(verb)
@@ -114,7 +114,8 @@ def command_line() -> str:
 def printed_help(verb: str) -> str:
     """Returns what ``drcnn VERB --help`` prints, without the frames' lines."""
     said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+    plain = patch.dict(os.environ, COLUMNS=str(HELP_COLUMNS), NO_COLOR="1", TERM="dumb")
+    with plain, contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
         importlib.import_module(f"drcnn.{verb}").main(["--help"])
     lines = [line.rstrip() for line in said.getvalue().splitlines()]
     kept = [line.removeprefix("│").removesuffix("│").rstrip() for line in lines if not _FRAME.match(line)]

@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 import json
+import os
 import random
 import shutil
 from dataclasses import fields, is_dataclass
@@ -12,6 +13,8 @@ import torch
 
 from drcnn.config import Config
 from drcnn.data import DataConfig, SplitConfig, SyntheticConfig, make_synthetic
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -242,3 +245,29 @@ def made_up_content() -> dict:
             records.append({**own, "bbox": box, "area": width * height, "iscrowd": crowd})
     categories = [{"id": i, "name": f"class {i}"} for i in (2, 3, 5, 7, 9)]  # nothing is of the last
     return {"images": images, "annotations": records, "categories": categories}
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A Chromium without a window: an installed one, or Playwright's own.
+
+    Where there is none the tests skip, unless ``DRCNN_CHROMIUM=required``.
+    """
+    required = os.environ.get("DRCNN_CHROMIUM") == "required"
+    try:
+        from playwright.sync_api import Error, sync_playwright
+    except ImportError:
+        if required:
+            raise
+        pytest.skip("needs playwright: pip install 'drcnn[test]'")
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    arguments = ["--no-sandbox"] if os.name == "posix" and os.geteuid() == 0 else []
+    with sync_playwright() as playwright:
+        try:
+            opened = playwright.chromium.launch(executable_path=found, args=arguments)
+        except Error:
+            if required:
+                raise
+            pytest.skip("needs Chromium, installed as a package or by `playwright install chromium`")
+        yield opened
+        opened.close()

@@ -3,6 +3,7 @@ if (location.protocol === "file:") {
   window.Worker = class extends EventTarget {
     constructor(url) {
       super()
+      url = new URL(url, location).href
       this.waiting = []
       this.frame = document.createElement("iframe")
       this.frame.hidden = true

@@ -1,39 +1,8 @@
-"""The report's page in a real Chromium without a window: an installed one, or Playwright's own.
-
-Where there is none the tests skip, unless ``DRCNN_CHROMIUM=required``.
-"""
-
-import os
-import shutil
+"""The report's page in a real Chromium without a window."""
 
 import pytest
 
 from drcnn.report import main
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """A Chromium, shared by the tests."""
-    required = os.environ.get("DRCNN_CHROMIUM") == "required"
-    try:
-        from playwright.sync_api import Error, sync_playwright
-    except ImportError:
-        if required:
-            raise
-        pytest.skip("needs playwright: pip install 'drcnn[test]'")
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    arguments = ["--no-sandbox"] if os.name == "posix" and os.geteuid() == 0 else []
-    with sync_playwright() as playwright:
-        try:
-            opened = playwright.chromium.launch(executable_path=found, args=arguments)
-        except Error:
-            if required:
-                raise
-            pytest.skip("needs Chromium, installed as a package or by `playwright install chromium`")
-        yield opened
-        opened.close()
 
 
 @pytest.fixture

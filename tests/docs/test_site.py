@@ -1,7 +1,6 @@
 """The site of the docs is built strictly: a broken link fails, and pages ask for nothing from a network."""
 
 import logging
-import os
 import re
 import shutil
 from pathlib import Path
@@ -9,33 +8,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-load_config = pytest.importorskip(
-    "mkdocs.config", reason="needs mkdocs: pip install 'drcnn[docs]'"
-).load_config
-pytest.importorskip("material", reason="needs mkdocs-material: pip install 'drcnn[docs]'")
-pytest.importorskip("mkdocstrings", reason="needs mkdocstrings: pip install 'drcnn[docs]'")
-
-
-def build(site: Path, docs: Path = ROOT / "docs") -> Path:
-    """Builds the site strictly."""
-    from mkdocs.commands.build import build as build_site
-
-    config = load_config(str(ROOT / "mkdocs.yml"), docs_dir=str(docs), site_dir=str(site))
-    assert config.strict
-    before = dict(os.environ)
-    try:
-        config.plugins.on_startup(command="build", dirty=False)
-        build_site(config)
-    finally:
-        config.plugins.on_shutdown()
-        os.environ.clear()
-        os.environ.update(before)
-    return site
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory) -> Path:
-    return build(tmp_path_factory.mktemp("site"))
 
 
 def test_every_page_is_there(site):
@@ -75,7 +47,7 @@ def test_no_page_says_where_it_was_built(site):
     assert not [page for page in site.rglob("*.html") if str(ROOT) in page.read_text()]
 
 
-def test_broken_links_fail(tmp_path, caplog):
+def test_broken_links_fail(build_site, tmp_path, caplog):
     from mkdocs.exceptions import Abort
 
     docs = tmp_path / "docs"
@@ -90,7 +62,7 @@ def test_broken_links_fail(tmp_path, caplog):
     page.write_text(page.read_text() + "\n\n".join(planted))
     (docs / "forgotten.md").write_text("# In no menu\n")
     with caplog.at_level(logging.WARNING, logger="mkdocs"), pytest.raises(Abort):
-        build(tmp_path / "site", docs)
+        build_site(tmp_path / "site", docs)
     said = caplog.text
     names = ("no_such_page.md", "no-such-heading", "no_such_file.py", "no_such_picture.png", "forgotten.md")
     assert not [name for name in names if name not in said]
