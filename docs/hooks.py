@@ -24,8 +24,8 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
-HELP_COLUMNS = 88
-FIELDS = "Fields of the config"
+HELP_COLUMNS = 92
+FIELDS = re.compile(r"^Fields of the .*as flags.*$", re.MULTILINE)
 """Where the help of some verbs goes on with every field of a config."""
 
 _LINK = re.compile(r"(?<=\]\()(?:\.\./)+[^)#\s]+")
@@ -103,11 +103,10 @@ def command_line() -> str:
 
     parts = ["# Command line\n", "What `--help` prints.\n", fenced(cli.usage())]
     for verb, meaning in cli.VERBS.items():
-        text = printed_help(verb)
-        own, fields, rest = text.partition(FIELDS)
+        own, *fields = FIELDS.split(printed_help(verb))
         parts += [f"## drcnn {verb} {{#{verb}}}\n", f"{meaning[0].upper()}{meaning[1:]}.\n", fenced(own)]
         if fields and verb == "train":
-            parts += ['??? note "Every field of a config, as a flag"\n', indented(fenced(fields + rest))]
+            parts += ['??? note "Every field of a config, as a flag"\n', indented(fenced(*fields))]
     return "\n".join(parts)
 
 
@@ -119,7 +118,8 @@ def printed_help(verb: str) -> str:
         importlib.import_module(f"drcnn.{verb}").main(["--help"])
     lines = [line.rstrip() for line in said.getvalue().splitlines()]
     kept = [line.removeprefix("│").removesuffix("│").rstrip() for line in lines if not _FRAME.match(line)]
-    wrapped = (line if len(line) <= HELP_COLUMNS else textwrap.fill(line, HELP_COLUMNS) for line in kept)
+    # Descriptions come as long lines; examples, which are indented, keep theirs.
+    wrapped = (line if line.startswith(" ") else textwrap.fill(line, HELP_COLUMNS) for line in kept)
     return re.sub(r"^╭─ (.*?) ─*╮$", r"\1:", "\n".join(wrapped), flags=re.M)
 
 
