@@ -11,6 +11,8 @@ _MIN_SIDE = 480
 _MAX_ENLARGEMENT = 16
 _GOLDEN_RATIO = 0.618034
 _MASK_OPACITY = 0.45
+_MOST_TEXT = 0.15
+"""Share of a picture that texts may cover; beyond it only boxes that are as wide as their text have one."""
 
 
 def class_color(label: int) -> tuple[int, int, int]:
@@ -34,7 +36,7 @@ def draw_boxes(
         image (np.ndarray[H, W, 3]): uint8 RGB; not changed.
         boxes (np.ndarray[n, 4]): xyxy in pixels of ``image``; the first are drawn on top.
         labels: class of each box, which chooses its color.
-        texts: what to write at each box.
+        texts: what to write at each box, where there is room for it.
         masks (np.ndarray[n, H, W] | None): bool mask of each object.
 
     Returns:
@@ -54,9 +56,13 @@ def draw_boxes(
     for box, label in reversed(list(zip(corners, labels, strict=True))):
         canvas.rectangle(box, outline=class_color(label), width=line)
     places: list[tuple[int, int, int, int]] = []
-    for box, text in zip(corners, texts, strict=True):
-        places.append(_place(box, text, font, canvas, picture.size, places))
-    for place, label, text in reversed(list(zip(places, labels, texts, strict=True))):
+    sizes = [_text_size(text, font, canvas) for text in texts]
+    crowded = sum(width * height for width, height in sizes) > _MOST_TEXT * picture.width * picture.height
+    named = [i for i, box in enumerate(corners) if not crowded or sizes[i][0] <= box[2] - box[0]]
+    for i in named:
+        places.append(_place(corners[i], sizes[i], picture.size, places))
+    for i, place in reversed(list(zip(named, places, strict=True))):
+        label, text = labels[i], texts[i]
         color = class_color(label)
         canvas.rectangle(place, fill=color)
         dark = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2] < 140
@@ -88,18 +94,19 @@ def _corners(box: np.ndarray, size: tuple[int, int], line: int) -> tuple[int, in
     return x1, y1, x2, y2
 
 
+def _text_size(text: str, font: ImageFont.FreeTypeFont, canvas: ImageDraw.ImageDraw) -> tuple[int, int]:
+    """Width and height of a text with its margin."""
+    return round(canvas.textlength(text, font=font)) + 2 * _margin(font), sum(font.getmetrics()) + 2
+
+
 def _place(
     box: tuple[int, int, int, int],
-    text: str,
-    font: ImageFont.FreeTypeFont,
-    canvas: ImageDraw.ImageDraw,
+    text_size: tuple[int, int],
     size: tuple[int, int],
     taken: list[tuple[int, int, int, int]],
 ) -> tuple[int, int, int, int]:
     """Finds room for a text: above the box, inside its top, below it or inside its bottom."""
-    margin = _margin(font)
-    width = round(canvas.textlength(text, font=font)) + 2 * margin
-    height = sum(font.getmetrics()) + 2
+    width, height = text_size
     x = min(max(box[0], 0), max(size[0] - width, 0))
     places = []
     for y in (box[1] - height, box[1], box[3], box[3] - height):

@@ -190,6 +190,15 @@ def test_drawing_shows_box_and_text_at_any_size(size):
     assert text.sum() > 100, "no letters"
 
 
+def test_small_boxes_of_a_crowd_have_no_text():
+    image, corners = np.zeros((500, 500, 3), np.uint8), np.arange(100)
+    boxes = np.stack([corners % 10 * 50, corners // 10 * 50], axis=1)[:, [0, 1, 0, 1]] + [5, 5, 25, 25]
+    few, many = (np.asarray(draw_boxes(image, boxes[:n], [0] * n, ["a cat 0.87"] * n)) for n in (10, 100))
+    inside = np.s_[8:22, 8:22]
+    assert few[inside].any() and not many[inside].any()
+    assert many[:, 5].any(axis=-1).sum() >= 10 * 20, "the boxes are drawn"
+
+
 def test_drawing_survives_odd_boxes():
     boxes = np.array([[-50, -50, -10, -10], [5, 5, 5, 5], [90, 90, 500, 500], [np.nan] * 4, [0, 0, 99, 99]])
     picture = draw_boxes(np.zeros((100, 100, 3), np.uint8), boxes, range(5), ["a" * 200] * 5)
