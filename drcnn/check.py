@@ -129,6 +129,7 @@ def from_config(path: Path, overrides: list[str]) -> tuple[dict[str, Source], di
     options = {
         "short_side": middle,
         "max_size": data.max_size,
+        "max_pixels": data.max_pixels,
         "anchors": model_anchors(config.model),
         "masks": data.masks,
     }

@@ -87,6 +87,9 @@ def test_a_config_gives_splits_resize_and_anchors(tiny_data, write_config, tmp_p
     assert main([file, "--json", "-", "--data.short-sides", "128", "--max-size", "512"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["short_side"], found["max_size"]) == (128, 512)
+    assert main([file, "--json", "-", "--data.max-pixels", "100"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert "more than the limit of 100" in found["findings"][0]["message"]
     file = write_config(tmp_path / "free.py", Config(fcos(num_classes=4), replace(tiny_data, masks=True)))
     assert main([file, "--json", "-"]) == 0
     assert json.loads(capsys.readouterr().out)["anchors"] is None

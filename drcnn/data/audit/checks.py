@@ -14,6 +14,7 @@ from drcnn.data.audit.findings import KINDS, Finding
 from drcnn.data.audit.pictures import Picture, Progress, check_pictures, read_pictures
 from drcnn.data.audit.records import Checked, check_records
 from drcnn.data.audit.statistics import InputBoxes, SplitStatistics, describe
+from drcnn.data.image import MAX_PIXELS
 from drcnn.data.source import Source
 
 _TINY = 8
@@ -91,6 +92,7 @@ def audit(
     anchors: AnchorGrid | None = None,
     masks: bool = False,
     decode: bool = True,
+    max_pixels: int = MAX_PIXELS,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Audit:
@@ -104,6 +106,7 @@ def audit(
         anchors (AnchorGrid | None): anchors to compare the ground truths with; None for none.
         masks (bool): whether a run reads the masks, so that each annotation must have one.
         decode (bool): read the image files; otherwise only whether they exist is looked up.
+        max_pixels (int): most pixels of an image; larger ones are not decoded, and found.
         threads (int | None): threads that decode; None takes one for each processor.
         progress (Callable[[int, int], None] | None): told how many files are decoded, and their number.
 
@@ -112,7 +115,8 @@ def audit(
     """
     contents = read_contents(sources)
     checked = [check_records(content, masks) for content in contents]
-    pictures = read_pictures(checked, decode=decode, threads=threads, progress=progress)
+    limits = {"max_pixels": max_pixels, "threads": threads, "progress": progress}
+    pictures = read_pictures(checked, decode=decode, **limits)
     return assess(
         contents, checked, pictures, name=name, resize=(short_side, max_size), anchors=anchors, decoded=decode
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from drcnn.data.audit.records import Checked, Size
-from drcnn.data.image import load_image
+from drcnn.data.image import MAX_PIXELS, load_image
 from drcnn.errors import DataError
 
 Progress = Callable[[int, int], None]
@@ -40,6 +40,7 @@ def read_pictures(
     decode: bool,
     threads: int | None = None,
     progress: Progress | None = None,
+    max_pixels: int = MAX_PIXELS,
     known: Mapping[str, Picture] | None = None,
 ) -> dict[str, Picture]:
     """Reads each file that a split lists, once.
@@ -49,6 +50,7 @@ def read_pictures(
         decode (bool): read and decode the files; otherwise only whether they exist is looked up.
         threads (int | None): threads that decode; None takes one for each processor.
         progress (Progress | None): told how far it is.
+        max_pixels (int): most pixels that are decoded.
         known (Mapping[str, Picture] | None): files that have been read.
 
     Returns:
@@ -66,7 +68,7 @@ def read_pictures(
         return found | {path: Picture(os.path.isfile(path)) for path in paths}
 
     def read(chunk: Sequence[str]) -> list[Picture]:
-        return [_read(path, sizes[path], upright[path]) for path in chunk]
+        return [_read(path, sizes[path], upright[path], max_pixels) for path in chunk]
 
     chunks = [paths[i : i + _FILES_PER_TASK] for i in range(0, len(paths), _FILES_PER_TASK)]
     with ThreadPoolExecutor(max_workers=threads or os.cpu_count()) as pool:
@@ -78,7 +80,7 @@ def read_pictures(
     return found
 
 
-def _read(path: str, size: Size, upright: bool) -> Picture:
+def _read(path: str, size: Size, upright: bool, max_pixels: int) -> Picture:
     try:
         digest = hashlib.blake2b(Path(path).read_bytes(), digest_size=16).digest()
     except FileNotFoundError:
@@ -86,17 +88,17 @@ def _read(path: str, size: Size, upright: bool) -> Picture:
     except OSError as error:
         return Picture(True, error=error.strerror or str(error))
     try:
-        own = Size(*load_image(path, upright=upright).shape[:2])
+        own = Size(*load_image(path, upright=upright, max_pixels=max_pixels).shape[:2])
         if own == size[::-1] != size:  # then a run turns the image upright, if its file says so
-            own = _turned(path, size) or own
+            own = _turned(path, size, max_pixels) or own
     except DataError as error:
         return Picture(True, digest, error=str(error).removeprefix(f"image {path} "))
     return Picture(True, digest, own)
 
 
-def _turned(path: str, size: Size) -> Size | None:
+def _turned(path: str, size: Size, max_pixels: int) -> Size | None:
     try:
-        return Size(*load_image(path, size=size).shape[:2])
+        return Size(*load_image(path, size=size, max_pixels=max_pixels).shape[:2])
     except DataError:
         return None
 
