@@ -121,7 +121,11 @@ def check(arguments: CheckArguments, overrides: list[str]) -> tuple[Audit, bool]
 
 def from_config(path: Path, overrides: list[str]) -> tuple[dict[str, Source], dict]:
     """The splits of a config, its resize and its anchors."""
-    config: Config = load_config(path, overrides)
+    return of_config(load_config(path, overrides))
+
+
+def of_config(config: Config) -> tuple[dict[str, Source], dict]:
+    """What :func:`drcnn.data.audit.audit` takes for the data and the detector of a config."""
     data = config.data
     if data.synthetic is not None and not Path(data.root).exists():
         make_synthetic(data.root, data.synthetic)

@@ -11,9 +11,11 @@ import torch
 from tyro.conf import Positional, arg
 
 from drcnn.arguments import parse
+from drcnn.check import of_config
 from drcnn.command import command, one_line
 from drcnn.config import Config, from_dict
 from drcnn.data import CocoDataset, load_split
+from drcnn.data.audit import Audit, audit, model_anchors
 from drcnn.engine.checkpoint import find_checkpoint
 from drcnn.engine.countdown import Countdown
 from drcnn.engine.curves import History, metrics_file, read_histories
@@ -30,6 +32,7 @@ DESCRIPTION = (
     "Examples:\n"
     "  drcnn report runs/bccd\n"
     "  drcnn report runs/faster runs/dynamic --split test --out compared.html\n"
+    "  drcnn report runs/bccd --check\n"
     "  drcnn report runs/* --no-analysis"
 )
 
@@ -53,6 +56,8 @@ class ReportArguments:
     """Longest side of an image in the page, in pixels."""
     iou_type: Literal["bbox", "segm"] = "bbox"
     """What to compare: boxes or masks."""
+    check: bool = False
+    """Check the runs' data too, as drcnn check does: findings, and how their objects look to the detector."""
     data_root: str = ""
     """Folder of the data, if it is not where the runs found it."""
     batch_size: int = 4
@@ -86,7 +91,8 @@ def main(argv: list[str]) -> int:
         print(f"note: {note}")
     out = Path(arguments.out or (folders[0] / "report.html" if len(folders) == 1 else "report.html"))
     runs = [read_run(h, folder, arguments) for h, folder in zip(histories, folders, strict=True)]
-    sections = sections_of(runs, arguments.images, arguments.image_side)
+    audits = check_data(runs, arguments.data_root) if arguments.check else []
+    sections = sections_of(runs, arguments.images, arguments.image_side, audits)
     names = [history.name for history in histories]
     title = ", ".join(names) if len(names) < 4 else f"{names[0]} and {len(names) - 1} other runs"
     try:
@@ -106,6 +112,30 @@ def check(arguments: ReportArguments) -> None:
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+
+
+def check_data(runs: list[Any], root: str) -> list[Audit]:
+    """Checks each data set of the runs once, as their detectors see it."""
+    owners: dict[str, list[str]] = {}
+    configs: dict[str, Config] = {}
+    for run in runs:
+        if run.config:
+            config = with_root(from_dict(run.config), root)
+            seen = repr((config.data, model_anchors(config.model)))
+            configs.setdefault(seen, config)
+            owners.setdefault(seen, []).append(run.history.name)
+    audits = []
+    for seen, config in configs.items():
+        sources, options = of_config(config)
+        name = ", ".join(owners[seen])
+        with Countdown(f"check of {name}") as progress:
+            audits.append(audit(sources, name=name, progress=progress, **options))
+    return audits
+
+
+def with_root(config: Config, root: str) -> Config:
+    """The config with its data in another folder, unless that is empty."""
+    return replace(config, data=replace(config.data, root=root)) if root else config
 
 
 def subtitle(runs: list[Any], arguments: ReportArguments) -> str:
@@ -132,9 +162,7 @@ def read_run(history: History, folder: Path, arguments: ReportArguments) -> Any:
     except WeightsError as error:
         print(f"note: {history.name} is shown without an analysis of its detections: {one_line(error)}")
         return run
-    typed = from_dict(config)
-    if arguments.data_root:
-        typed = replace(typed, data=replace(typed.data, root=arguments.data_root))
+    typed = with_root(from_dict(config), arguments.data_root)
     try:
         dataset = load_split(typed.data, arguments.split)
         if not dataset.has_annotations:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import sys
 
 from drcnn.cli import main as drcnn
@@ -116,3 +117,36 @@ def test_without_plotly(reported_run, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "plotly", None)
     assert main([str(reported_run("run"))]) == 2
     assert "needs plotly; install it with: pip install 'drcnn[report]'" in error_of(capsys)
+
+
+def test_the_data_are_checked_once_for_each_data_set(reported_run, tiny_coco, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    runs = [str(reported_run("a")), str(reported_run("b", 1))]
+    assert main([*runs, "--no-analysis"]) == 0
+    assert "Findings" not in panels_of(tmp_path / "report.html")
+    assert main([*runs, "--no-analysis", "--check"]) == 0
+    section = next(s for s in content_of(tmp_path / "report.html")["sections"] if s["name"] == "data")
+    assert section["intro"].startswith("a, b: no errors")
+    panels = {panel["title"]: panel["variants"][""] for panel in section["panels"]}
+    assert [row["cells"][0] for row in panels["Splits"]["rows"]] == ["train", "val", "test"]
+    found = json.loads((tiny_coco / "annotations" / "instances_train.json").read_text())
+    row = panels["Splits"]["rows"][0]["cells"]
+    assert row[1] == len(found["images"]) and row[3] == sum(not a["iscrowd"] for a in found["annotations"])
+    assert row[3] == sum(row["cells"][1] for row in panels["Objects of each class"]["rows"])
+    for title in ("Size of objects", "Height over width", "Objects in an image", "Best IoU over the anchors"):
+        for trace in panels[title]["data"]:
+            assert len(trace["x"]) == len(trace["y"]) and abs(sum(trace["y"][:-1]) - 100) < 0.01
+
+
+def test_what_is_wrong_with_the_data_is_listed(reported_run, tiny_coco, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_coco, broken)
+    file = broken / "annotations" / "instances_train.json"
+    content = json.loads(file.read_text())
+    content["annotations"][0]["bbox"][2] = 0
+    file.write_text(json.dumps(content))
+    run = reported_run("mine")
+    assert main([str(run), "--no-analysis", "--check", "--data-root", str(broken)]) == 0
+    rows = panels_of(run / "report.html")["Findings"]["variants"][""]["rows"]
+    assert ["error", "box-no-area", "train"] in [row["cells"][:3] for row in rows]
+    assert any(f"annotation {content['annotations'][0]['id']}" in row["cells"][3] for row in rows)

@@ -9,7 +9,7 @@ from drcnn.report import main
 def page_file(reported_run, tmp_path):
     """The page of two runs."""
     runs = [reported_run("first"), reported_run("second", 1)]
-    assert main([*map(str, runs), "--out", str(tmp_path / "page.html"), "--image-side", "96"]) == 0
+    assert main([*map(str, runs), "--out", str(tmp_path / "page.html"), "--image-side", "96", "--check"]) == 0
     return tmp_path / "page.html"
 
 
@@ -65,7 +65,7 @@ def test_every_chart_is_drawn_in_light_and_dark(open_page):
     for scheme in ("light", "dark"):
         page = open_page(scheme=scheme)
         charts = drawn(page)
-        assert len(charts) >= 14 and all(charts.values()), charts
+        assert len(charts) >= 18 and all(charts.values()), charts
         backs[scheme] = page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert page.locator("html").get_attribute("data-theme") == scheme
     assert backs["light"] != backs["dark"]
@@ -156,8 +156,8 @@ def test_sections_are_reached_by_keyboard(open_page):
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.className") == "skip"
     links = page.locator("nav a")
-    assert links.count() == 7
-    links.nth(6).press("Enter")
+    assert links.count() == 8
+    links.nth(7).press("Enter")
     until(page, "document.getElementById('settings').getBoundingClientRect().top < innerHeight")
     unnamed = "[...document.querySelectorAll('select, input')].filter((e) => !e.labels.length)"
     assert page.evaluate(f"{unnamed}.length") == 0

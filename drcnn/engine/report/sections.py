@@ -5,8 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from drcnn.data import CocoDataset
+from drcnn.data.audit import Audit
 from drcnn.engine.curves import History
 from drcnn.engine.report.analysis import Analysis
+from drcnn.engine.report.data import data_section
 from drcnn.engine.report.gallery import gallery_section
 from drcnn.engine.report.mistakes import confusion_section, errors_section
 from drcnn.engine.report.page import Section
@@ -36,13 +38,16 @@ class ReportedRun:
     analysis: Analysis | None = None
 
 
-def sections_of(runs: Sequence[ReportedRun], pictures: int = 24, side: int = 640) -> list[Section]:
+def sections_of(
+    runs: Sequence[ReportedRun], pictures: int = 24, side: int = 640, audits: Sequence[Audit] = ()
+) -> list[Section]:
     """Lists the sections for which some run has data.
 
     Args:
         runs: the runs, in the order of their numbers.
         pictures: number of pictures of each data set.
         side: longest side of a picture in pixels.
+        audits: checks of the runs' data.
     """
     named = [(number, run.history.name, run) for number, run in enumerate(runs)]
     sections = [
@@ -53,6 +58,8 @@ def sections_of(runs: Sequence[ReportedRun], pictures: int = 24, side: int = 640
     if judged:
         sections += [precision_section(judged), errors_section(judged), confusion_section(judged)]
         sections.append(gallery_section(_by_data(runs), pictures, side))
+    if audits:
+        sections.append(data_section(audits))
     logs = [(number, name, run.config, read_log_head(run.folder / "log.txt")) for number, name, run in named]
     sections.append(settings_section(logs))
     return [section for section in sections if section is not None]
