@@ -44,3 +44,7 @@ fi
 
 section "benchmarks"
 "$python" -m pytest bench/ --benchmark
+
+section "detectors beside torchvision's, and Table 6"
+"$python" -m drcnn.benchmark --batch-sizes 1 8 --dtypes fp32 bf16
+"$python" -m drcnn.benchmark --table6

@@ -15,6 +15,7 @@ from drcnn.engine.exporting import (
     ExportInfo,
     least_side,
     load_package,
+    load_program,
     needs,
     save_package,
     save_program,
@@ -257,3 +258,15 @@ def test_a_package_finds_the_same(photos, sizes, tmp_path):
     save_package(trace(model), file, info)
     exported = load_package(file)
     assert_same(check(model, exported, photos, sizes, least_side(model)), least=12 * 40)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("save, load", [(save_program, load_program), (save_package, load_package)])
+def test_files_made_on_a_gpu_find_the_same(save, load, photos, sizes, tmp_path):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    torch.manual_seed(0)
+    model = DETECTORS["mask"]().build().eval().cuda()
+    file = tmp_path / "detector.pt2"
+    save(trace(model), file, info_of(model, sizes))
+    assert_same(check(model, load(file), photos, sizes, least_side(model)), least=12 * 40)
