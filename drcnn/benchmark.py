@@ -25,6 +25,7 @@ from drcnn.arguments import parse, split_fields
 from drcnn.command import command
 from drcnn.config import Config, apply_overrides, load_config
 from drcnn.data import load_image
+from drcnn.data.remote import fetch, is_url
 from drcnn.engine.countdown import Countdown
 from drcnn.engine.distributed import pick_device
 from drcnn.engine.latency import Contender, Timing, time_in_turns
@@ -147,8 +148,13 @@ def make_images(arguments: BenchmarkArguments) -> Tensor:
     count, (height, width) = max(arguments.batch_sizes), arguments.size
     if not arguments.images:
         return torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8)
-    files = itertools.islice(itertools.cycle(find_inputs(arguments.images, Path("."))), count)
-    pictures = (Image.fromarray(load_image(file, upright=True)).resize((width, height)) for file in files)
+    files = itertools.islice(itertools.cycle(find_inputs(arguments.images)), count)
+    pictures = (
+        Image.fromarray(load_image(fetch(file) if is_url(file) else file, upright=True)).resize(
+            (width, height)
+        )
+        for file in files
+    )
     return torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in pictures])
 
 

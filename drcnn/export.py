@@ -94,6 +94,7 @@ def main(argv: list[str]) -> int:
     info = ExportInfo.of(predictor.model, config.data, predictor.categories, predictor.category_ids)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(out)
         exported = write(predictor, out, info, arguments)
     except OSError as error:
         raise ConfigError(f"cannot write {out}: {error.strerror or error}; pass another --out") from None
@@ -105,7 +106,23 @@ def main(argv: list[str]) -> int:
     print(f"checked on {len(images)} images at two sizes, one by one and batched: {agreement}")
     if not agreement.holds:
         print("error: the file does not find what the detector finds; do not use it", file=sys.stderr)
+    if not agreement.detections:
+        print(
+            "error: the detector finds nothing on these images, so that nothing was compared; "
+            "pass --images with objects, or a lower score threshold",
+            file=sys.stderr,
+        )
+        return 1
     return 0 if agreement.holds else 1
+
+
+def check_writable(file: Path) -> None:
+    """Raises OSError if a file cannot be written; what writes it later says so in words of its own."""
+    new = not file.exists()
+    with file.open("ab"):
+        pass
+    if new:
+        file.unlink()
 
 
 def write(predictor: Predictor, out: Path, info: ExportInfo, arguments: ExportArguments) -> ExportedDetector:

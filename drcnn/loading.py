@@ -64,6 +64,11 @@ def load(
             )
         detector, info = open_onnx(Path(path), str(device))
         return Predictor(detector, info.data_config(), info.categories, info.category_ids, device="cpu")
+    if Path(path).suffix.lower() == ".pt2":
+        raise WeightsError(
+            f"{path} is a program of its own, for torch.export.load or torch._inductor.aoti_load_package; "
+            "drcnn runs the ONNX files of drcnn export, and weights"
+        )
     file, state = read_state(path)
     config = restore_config(state, str(file))
     changes = [*tta_flags(config, tta, soft_nms), *overrides]

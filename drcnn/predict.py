@@ -21,7 +21,7 @@ from drcnn.arguments import parse, split_fields
 from drcnn.command import command, one_line
 from drcnn.data import MAX_PIXELS, load_image
 from drcnn.data.remote import MAX_MEGABYTES, TIMEOUT, RemoteFile, fetch, is_url, url_name
-from drcnn.data.video import VIDEO_SUFFIXES, Frame, VideoReader, open_camera
+from drcnn.data.video import VIDEO_SUFFIXES, Frame, VideoReader, open_camera, require_pyav
 from drcnn.engine.countdown import Countdown
 from drcnn.engine.prediction_files import PredictionFiles
 from drcnn.engine.predictor import Predictor
@@ -79,7 +79,7 @@ class PredictArguments:
     max_megabytes: float = MAX_MEGABYTES
     """Most megabytes that are fetched from an address."""
     timeout: float = TIMEOUT
-    """Seconds until an address must have been fetched."""
+    """Seconds that a server may be silent, and in which its file must be here."""
     device: str = "auto"
     """auto (CUDA where there is one), cpu, cuda or cuda:N."""
     amp: Literal["off", "bf16", "fp16"] = "off"
@@ -147,7 +147,7 @@ def check(arguments: PredictArguments) -> None:
         raise ConfigError(f"--camera goes without inputs, got {arguments.inputs[0]}")
 
 
-def find_inputs(inputs: Sequence[str], out: Path) -> list[Path | str]:
+def find_inputs(inputs: Sequence[str], out: Path | None = None) -> list[Path | str]:
     """Lists what files, folders, globs and addresses mean, each once, without what lies in ``out``.
 
     Returns:
@@ -166,8 +166,14 @@ def find_inputs(inputs: Sequence[str], out: Path) -> list[Path | str]:
         if is_url(text):
             found.setdefault(text, text)
             continue
-        matches = [path for path in _expand(text) if out.resolve() not in path.resolve().parents]
+        present = _expand(text)
+        matches = [path for path in present if out is None or out.resolve() not in path.resolve().parents]
         if not matches:
+            if present:
+                raise ConfigError(
+                    f"{text} lies in {out}, the folder for the results, whose files are no input; "
+                    "pass another --out"
+                )
             if Path(text).is_dir():
                 raise ConfigError(
                     f"folder {text} holds no image ({', '.join(SUFFIXES)}); pass videos by name"
@@ -180,11 +186,14 @@ def find_inputs(inputs: Sequence[str], out: Path) -> list[Path | str]:
 
 def _expand(text: str) -> list[Path]:
     path = Path(text)
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        return sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    return [p for p in map(Path, sorted(glob.glob(text, recursive=True))) if p.is_file()]
+    try:
+        if path.is_file():
+            return [path]
+        if path.is_dir():
+            return sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        return [p for p in map(Path, sorted(glob.glob(text, recursive=True))) if p.is_file()]
+    except (OSError, ValueError):  # too long for a name, or with characters that no name has
+        return []
 
 
 def _name(source: Path | str) -> PurePath:
@@ -217,6 +226,8 @@ class Prediction:
         """Runs over files and addresses."""
         videos = [source for source in inputs if _name(source).suffix.lower() in VIDEO_SUFFIXES]
         images = [source for source in inputs if source not in videos]
+        if videos:
+            require_pyav()  # before the images, so that nothing is done in vain
         if images:
             self._images(images)
         for source in videos:

@@ -266,6 +266,7 @@ def test_architectures_of_a_real_toolkit(toolchain):
 def source(tmp_path):
     (tmp_path / "csrc").mkdir()
     (tmp_path / "CMakeLists.txt").write_text("project(x)")
+    (tmp_path / "setup.py").write_text("setup()")
     (tmp_path / "csrc" / "a.cpp").write_text("int a;")
     return tmp_path
 
@@ -280,7 +281,12 @@ def test_a_fingerprint_follows_all_that_decides_about_a_build(source):
 
     seen = [name(), name(settings | {"torch": "2.11"}), name(environ={"CXXFLAGS": "-O0"})]
     assert name(environ={"HOME": "/"}) == seen[0]
-    for file, text in (("CMakeLists.txt", "project(y)"), ("csrc/a.cpp", "int b;"), ("csrc/b.h", "")):
+    for file, text in (
+        ("setup.py", ""),
+        ("CMakeLists.txt", "project(y)"),
+        ("csrc/a.cpp", "int b;"),
+        ("csrc/b.h", ""),
+    ):
         (source / file).write_text(text)
         seen.append(name())
     _script(compiler, "echo 1.1")

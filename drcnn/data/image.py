@@ -20,6 +20,9 @@ MAX_PIXELS = 178_956_970
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "TGA")
 """Formats of pixels alone: Pillow knows others that it hands to programs such as Ghostscript."""
 
+_AT_ONCE = 64 << 20
+"""Most bytes of a file that is read before its header is looked at."""
+
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 _pillow_limit = threading.Lock()
 
@@ -100,9 +103,11 @@ def _opened(path: str | os.PathLike[str] | RemoteFile, at_once: bool = False) ->
         raise DataError(f"image {path} cannot be decoded: {said}") from None
 
 
-def _content(path: str | os.PathLike[str] | RemoteFile) -> io.BytesIO:
-    """All of a file: decoding takes an eighth longer where the decoder reads it piece by piece."""
-    return path if isinstance(path, RemoteFile) else io.BytesIO(Path(path).read_bytes())
+def _content(path: str | os.PathLike[str] | RemoteFile) -> str | os.PathLike[str] | io.BytesIO:
+    """All of a file, unless it is large: decoding takes an eighth longer when it reads piece by piece."""
+    if isinstance(path, RemoteFile) or os.stat(path).st_size > _AT_ONCE or not Path(path).is_file():
+        return path
+    return io.BytesIO(Path(path).read_bytes())
 
 
 def _open(path: str | os.PathLike[str] | io.BytesIO) -> Image.Image:

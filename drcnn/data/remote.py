@@ -6,7 +6,8 @@ import re
 import time
 import urllib.error
 import urllib.request
-from urllib.parse import unquote, urlsplit
+from pathlib import PurePosixPath
+from urllib.parse import quote, unquote, urlsplit
 
 from drcnn.errors import DataError
 
@@ -17,6 +18,8 @@ TIMEOUT = 20.0
 
 _CHUNK = 1 << 16
 _SCHEMES = ("http", "https")
+_LONGEST = 1e6  # seconds; more is more than a socket takes
+_KEPT = "/%:@!$&'()*+,;=~"
 
 
 class RemoteFile(io.BytesIO):
@@ -41,9 +44,11 @@ def is_url(text: object) -> bool:
 
 
 def url_name(url: str) -> str:
-    """Returns the file name in an address: the last part of its path, or ``image``."""
+    """Returns a file name for an address: the last part of its path, in 100 characters, or ``image``."""
     path = re.split("[?#]", url.partition("://")[2])[0].partition("/")[2]
-    return unquote(path).replace("\\", "/").rstrip("/").rpartition("/")[2] or "image"
+    name = PurePosixPath(re.sub(r"[\x00-\x1f]", "_", unquote(path).replace("\\", "/").rstrip("/"))).name
+    stem, dot, suffix = name.rpartition(".")
+    return f"{stem[:90]}{dot}{suffix[-9:]}" if stem else name[:100] or "image"
 
 
 def fetch(url: str, *, max_megabytes: float = MAX_MEGABYTES, timeout: float = TIMEOUT) -> RemoteFile:
@@ -52,7 +57,7 @@ def fetch(url: str, *, max_megabytes: float = MAX_MEGABYTES, timeout: float = TI
     Args:
         url: an http or https address.
         max_megabytes: most megabytes (10**6 bytes) that are read.
-        timeout: seconds until all must be here.
+        timeout: seconds that the server may be silent, and in which all must be here.
 
     Returns:
         A binary file in memory, which :func:`drcnn.data.load_image` takes.
@@ -60,9 +65,10 @@ def fetch(url: str, *, max_megabytes: float = MAX_MEGABYTES, timeout: float = TI
     Raises:
         DataError: the address cannot be reached, answers with an error, too slowly, or with too much.
     """
-    limit, deadline = int(max_megabytes * 1e6), time.monotonic() + timeout
+    timeout = min(timeout, _LONGEST)
+    limit, deadline = max_megabytes * 1e6, time.monotonic() + timeout
     try:
-        request = urllib.request.Request(url, headers={"User-Agent": "drcnn"})
+        request = urllib.request.Request(_encoded(url), headers={"User-Agent": "drcnn"})
         with urllib.request.urlopen(request, timeout=timeout) as response:
             if urlsplit(response.url).scheme not in _SCHEMES:
                 raise DataError(f"cannot fetch {url}: it leads to {response.url}, which is no web address")
@@ -79,7 +85,14 @@ def fetch(url: str, *, max_megabytes: float = MAX_MEGABYTES, timeout: float = TI
         raise DataError(f"cannot fetch {url}: {said}") from None
 
 
-def _read(response: http.client.HTTPResponse, url: str, limit: int, deadline: float) -> bytes:
+def _encoded(url: str) -> str:
+    """The address with letters and spaces as browsers send them."""
+    parts = urlsplit(url)
+    path, query = quote(parts.path, safe=_KEPT), quote(parts.query, safe=f"{_KEPT}?")
+    return parts._replace(path=path, query=query).geturl()
+
+
+def _read(response: http.client.HTTPResponse, url: str, limit: float, deadline: float) -> bytes:
     """Reads a body piece by piece, so that neither its size nor its pace can hold the program up."""
     stated = response.length  # None where the server does not say
     content = bytearray()

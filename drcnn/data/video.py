@@ -66,7 +66,7 @@ class VideoReader:
         format: str | None = None,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
-        av = _pyav()
+        av = require_pyav()
         self.name = name or f"video {source}"
         self._max_pixels = max_pixels
         with _one_line_errors(av, self.name):
@@ -110,7 +110,7 @@ class VideoReader:
         decoded = self._container.decode(self._stream)
         index = 0
         while True:
-            with _one_line_errors(_pyav(), f"{self.name}, after {index} frames,"):
+            with _one_line_errors(require_pyav(), f"{self.name}, after {index} frames,"):
                 frame = next(decoded, None)
                 if frame is None:
                     break
@@ -152,10 +152,11 @@ class VideoWriter:
 
     Raises:
         ConfigError: PyAV is not installed.
+        DataError: the pictures cannot be a video, as when they are too wide.
     """
 
     def __init__(self, path: str | os.PathLike[str], rate: Fraction) -> None:
-        self._av = _pyav()
+        self._av = require_pyav()
         self.path = Path(path)
         self._rate = rate
         self._container: Any = None
@@ -172,6 +173,10 @@ class VideoWriter:
 
     def write(self, picture: Image.Image, seconds: float) -> None:
         """Appends a picture that is shown from ``seconds`` on; times that do not grow are moved on."""
+        with _one_line_errors(self._av, f"video {self.path}", "written"):
+            self._write(picture, seconds)
+
+    def _write(self, picture: Image.Image, seconds: float) -> None:
         if self._container is None:
             self._open(picture)
         size = (self._stream.width, self._stream.height)
@@ -196,9 +201,9 @@ class VideoWriter:
     def close(self) -> None:
         """Completes the file."""
         if self._container is not None:
-            self._container.mux(self._stream.encode(None))
-            self._container.close()
-            self._container = None
+            container, self._container = self._container, None
+            with _one_line_errors(self._av, f"video {self.path}", "written"), container:
+                container.mux(self._stream.encode(None))
 
 
 def _upright(frame: Any) -> np.ndarray:
@@ -209,15 +214,22 @@ def _upright(frame: Any) -> np.ndarray:
 
 
 @contextmanager
-def _one_line_errors(av: ModuleType, name: str) -> Iterator[None]:
+def _one_line_errors(av: ModuleType, name: str, done: str = "read") -> Iterator[None]:
     try:
         yield
     except av.error.FFmpegError as error:
+        if done == "written" and isinstance(error, OSError):  # a full disk
+            raise
         said = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise DataError(f"{name} cannot be read: {said}") from None
+        raise DataError(f"{name} cannot be {done}: {said}") from None
 
 
-def _pyav() -> ModuleType:
+def require_pyav() -> ModuleType:
+    """Imports PyAV.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
     try:
         import av
     except ModuleNotFoundError as error:

@@ -108,6 +108,13 @@ def least_side(model: nn.Module) -> int:
     return (model.fpn.strides[-1] // MULTIPLE + 1) * MULTIPLE
 
 
+def at_least(images: ImageBatch, side: int) -> ImageBatch:
+    """Pads a batch with zeros at the right and at the bottom to this height and width, if it has less."""
+    height, width = images.tensor.shape[-2:]
+    lacking = (0, max(0, side - width), 0, max(0, side - height))
+    return images._replace(tensor=nn.functional.pad(images.tensor, lacking))
+
+
 class TensorDetector(nn.Module):
     """A detector from tensors to tensors.
 

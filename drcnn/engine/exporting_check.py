@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from drcnn.data import DataConfig, make_view, pad_view
 from drcnn.data.views import View
+from drcnn.engine.exporting import at_least
 from drcnn.structures import Detections, ImageBatch
 
 BOX_TOLERANCE = 0.05
@@ -108,7 +109,7 @@ def _pairs(cost: Tensor) -> tuple[list[int], list[int]]:
 
 
 def _greatest(values: Tensor) -> float:
-    return float(values.max()) if values.numel() else 0.0
+    return float(values.max().nan_to_num(nan=torch.inf)) if values.numel() else 0.0
 
 
 def check(
@@ -143,10 +144,4 @@ def _batches(images: Sequence[np.ndarray], data: DataConfig, least_side: int) ->
         shown = [make_view(image, view) for image in images]
         for size in (1, 3):
             for start in range(0, len(shown), size):
-                yield _at_least(pad_view(shown[start : start + size], view, config), least_side)
-
-
-def _at_least(images: ImageBatch, side: int) -> ImageBatch:
-    height, width = images.tensor.shape[-2:]
-    lacking = (0, max(0, side - width), 0, max(0, side - height))
-    return images._replace(tensor=torch.nn.functional.pad(images.tensor, lacking))
+                yield at_least(pad_view(shown[start : start + size], view, config), least_side)

@@ -18,7 +18,7 @@ from drcnn.engine.augmented import detect_views
 from drcnn.engine.evaluator import AMP_TYPES, scale_boxes
 from drcnn.engine.masks import paste_masks
 from drcnn.engine.result import DRAW_THRESHOLD, Result, class_labels
-from drcnn.errors import DataError
+from drcnn.errors import ConfigError, DataError
 from drcnn.structures import Detections, ImageBatch
 
 ImageLike = str | os.PathLike | np.ndarray | Tensor | Image.Image
@@ -94,11 +94,12 @@ class Predictor:
             One result for one image, a list for a list.
 
         Raises:
-            ConfigError: a name that is no class.
+            ConfigError: a name that is no class, or a batch of none.
             DataError: a file that is no image, an address that cannot be fetched, or an array or tensor of
                 another kind.
         """
         labels = None if classes is None else class_labels(classes, self.categories)
+        _check_batch_size(batch_size)
         if not isinstance(images, list | tuple):
             return self._detect([images], score_threshold, labels)[0]
         results: list[Result] = []
@@ -118,6 +119,7 @@ class Predictor:
 
         Takes the arguments of a call, but ``images`` is any iterable, and yields a result for each.
         """
+        _check_batch_size(batch_size)
         rest = iter(images)
         while batch := list(itertools.islice(rest, batch_size)):
             yield from self(batch, score_threshold=score_threshold, classes=classes, batch_size=len(batch))
@@ -213,6 +215,11 @@ def _evaluating(model: Detector) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
 
 
 def _to_array(source: ImageLike, max_pixels: int) -> np.ndarray:

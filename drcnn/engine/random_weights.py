@@ -26,7 +26,7 @@ def settle(model: nn.Module, images: ImageBatch) -> None:
 
     def normalize(norm: FrozenBatchNorm2d | nn.BatchNorm2d, inputs: tuple[Tensor, ...]) -> None:
         norm.running_mean.copy_(inputs[0].mean((0, 2, 3)))
-        norm.running_var.copy_(inputs[0].var((0, 2, 3)))
+        norm.running_var.copy_(inputs[0].var((0, 2, 3), correction=0).clamp(min=1e-5))
 
     def spread(layer: nn.Linear | nn.Conv2d, inputs: tuple[Tensor, ...], logits: Tensor) -> Tensor:
         if layer in scaled:  # a dense head has one for all levels

@@ -15,12 +15,13 @@ from drcnn.config import Config
 SMALL = ["--size", "64", "96", "--rounds", "2", "--threads", "1", "--device", "cpu"]
 
 
-def test_a_run_beside_torchvision(tiny_run, tmp_path, capsys):
+def test_a_run_beside_torchvision(tiny_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     out = tmp_path / "deep" / "speed.json"
     images = tmp_path / "images"
     images.mkdir()
     Image.fromarray(np.zeros((50, 70, 3), np.uint8)).save(images / "a.png")
-    flags = ["--batch-sizes", "1", "2", "--backends", "auto", "reference", "--images", str(images)]
+    flags = ["--batch-sizes", "1", "2", "--backends", "auto", "reference", "--images", images.name]
     assert main([str(tiny_run), *SMALL, *flags, "--out", str(out)]) == 0
     captured = capsys.readouterr()
     assert "64 x 96 px, 2 rounds in turns" in captured.out and f"written: {out}" in captured.out

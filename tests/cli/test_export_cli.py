@@ -60,6 +60,25 @@ def test_a_file_that_differs_is_said(tiny_run, tmp_path, monkeypatch, capsys):
     assert captured.err == "error: the file does not find what the detector finds; do not use it\n"
 
 
+def test_a_file_that_finds_nothing_was_not_compared(tiny_run, tmp_path, capsys):
+    flags = ["--device", "cpu", "--model.box-head.score-threshold", "1"]
+    assert drcnn(["export", str(tiny_run), "--out", str(tmp_path / "x.pt2"), *flags]) == 1
+    assert "nothing was compared" in error_of(capsys)
+
+
+def test_where_nothing_can_be_written(tiny_run, tmp_path, capsys):
+    folder = tmp_path / "x.pt2"
+    folder.mkdir()
+    assert drcnn(["export", str(tiny_run), "--out", str(folder)]) == 2
+    assert f"cannot write {folder}" in error_of(capsys)
+
+
+def test_a_program_is_not_predicted_with(tiny_coco, tmp_path, capsys):
+    (tmp_path / "x.pt2").touch()
+    assert drcnn(["predict", str(tmp_path / "x.pt2"), str(tiny_coco / "images" / "test")]) == 2
+    assert "x.pt2 is a program of its own" in error_of(capsys)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -19,7 +19,7 @@ from drcnn.cli import main as drcnn
 from drcnn.data import video
 from drcnn.data.video import VideoReader, VideoWriter
 from drcnn.engine.prediction_files import PredictionFiles
-from drcnn.errors import DataError
+from drcnn.errors import ConfigError, DataError
 from drcnn.predict import find_inputs, main
 
 
@@ -126,6 +126,11 @@ def test_files_folders_and_globs(photos, tmp_path):
     assert find_inputs([str(odd)], out) == [odd]
     # Pictures of an earlier run are no input.
     assert find_inputs([str(photos)], photos / "deep") == [paths[0], paths[1], odd]
+    with pytest.raises(ConfigError, match=r"lies in .*, the folder for the results"):
+        find_inputs([str(photos)], photos)
+    assert find_inputs([str(photos)]) == [*paths[:2], paths[2], odd]
+    with pytest.raises(ConfigError, match="no image or video matches"):
+        find_inputs(["data:image/png;base64," + 5000 * "A"])
 
 
 def test_names_of_pictures_never_repeat(tmp_path):

@@ -66,6 +66,14 @@ def test_another_size_than_annotated(tmp_path):
         load_image(save(tmp_path, PIXELS), size=(5, 9))
 
 
+def test_a_large_file_is_not_read_before_its_header(tmp_path):
+    path = tmp_path / "large.jpg"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(DataError, match="not a known image format"):
+        load_image(path)
+
+
 def test_bad_files(tmp_path):
     path = save(tmp_path, np.zeros((64, 64, 3), np.uint8), name="b.jpg")
     path.write_bytes(path.read_bytes()[:-300])

@@ -1,6 +1,7 @@
 """Fetching from addresses: what arrives, and each way in which it does not, in one line."""
 
 import io
+import math
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from drcnn.data import load_image
-from drcnn.data.remote import fetch, is_url, url_name
+from drcnn.data.remote import _encoded, fetch, is_url, url_name
 from drcnn.errors import DataError
 
 
@@ -146,3 +147,11 @@ def test_names():
     assert url_name("https://example.org/..%2F..%2Fb.jpg") == "b.jpg"
     assert url_name("https://example.org") == "image"
     assert url_name("http://[::1/b.jpg") == "b.jpg"
+    assert url_name("http://h/a%00b.png") == "a_b.png"
+    assert url_name(f"http://h/{300 * 'a'}.png") == 90 * "a" + ".png"
+    assert url_name(f"http://h/{300 * 'a'}") == 100 * "a"
+
+
+def test_letters_and_spaces_are_sent_as_browsers_send_them(site):
+    assert fetch(f"{site}/image.png?name=ü b", timeout=1e12, max_megabytes=math.inf).read() == png()
+    assert _encoded("http://h/ü b.png?q=ü b&c=%20") == "http://h/%C3%BC%20b.png?q=%C3%BC%20b&c=%20"

@@ -49,6 +49,12 @@ def test_what_is_written_is_read(clip):
         assert abs(frame.image[:, :16].mean() - 90) < 6
 
 
+def test_what_cannot_be_a_video_is_one_line(av, tmp_path):
+    with pytest.raises(DataError, match=r"video .*wide\.mp4 cannot be written: "):
+        with VideoWriter(tmp_path / "wide.mp4", Fraction(10)) as writer:
+            writer.write(Image.new("RGB", (20_000, 2)), 0.0)
+
+
 def test_uneven_times_stay(av, tmp_path):
     times = [0.0, 0.04, 0.5, 0.5, 2.0]  # the fourth is no later than the third
     with VideoWriter(tmp_path / "clip.mp4", Fraction(30_000, 1001)) as writer:

@@ -90,6 +90,9 @@ def test_onnx_finds_the_same(traced, photos, sizes, tmp_path):
     exported, found = running.load_onnx(file, "cpu")
     assert found == info
     assert_same(check(detector, exported, photos, sizes, least_side(detector)), least=12 * 10)
+    small = ImageBatch(torch.randint(0, 256, (1, 3, 32, 64), dtype=torch.uint8), torch.tensor([[32, 60]]))
+    with torch.no_grad():  # a program of torch has a least size, ONNX has none
+        assert compare(detector(small), exported(small)).holds
 
 
 def onnx_modules():
@@ -139,7 +142,8 @@ extra = {"drcnn": ""}
 program = torch.export.load(f"{folder}/detector.pt2", extra_files=extra).module()
 expected = torch.load(f"{folder}/expected.pt")
 found = program(*expected["inputs"])
-assert torch.equal(found["boxes"], expected["boxes"]), (found["boxes"] - expected["boxes"]).abs().max()
+difference = (found["boxes"] - expected["boxes"]).abs().max()
+assert difference < 1e-3, difference  # other threads add up in another order
 print(json.loads(extra["drcnn"])["categories"])
 """
     command = [sys.executable, "-c", script, str(tmp_path), library]

@@ -104,6 +104,13 @@ def test_classes(predictor):
         predictor(spot(), classes=["sport"])
 
 
+def test_batches_of_none_are_refused(predictor):
+    with pytest.raises(ConfigError, match="batch_size must be at least 1"):
+        predictor([], batch_size=0)
+    with pytest.raises(ConfigError, match="batch_size must be at least 1"):
+        next(predictor.stream([], batch_size=0))
+
+
 def test_a_stream_is_taken_batch_by_batch(predictor):
     taken = []
 

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from drcnn import eval as evaluation
 from drcnn import train
@@ -49,7 +48,7 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def enter_rank(rank: int, port: int, folder) -> None:
+def enter_rank(rank: int, port: int, folder: Path) -> None:
     """Makes this process what torchrun would make it, with its output in a file."""
     torch.set_num_threads(1)
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0}
@@ -59,17 +58,18 @@ def enter_rank(rank: int, port: int, folder) -> None:
 
 
 def start_ranks(function, *arguments) -> list[int]:
-    """Forks two ranks that run ``function(rank, *arguments)`` and returns their exit codes."""
-    context = mp.get_context("fork")
-    ranks = [context.Process(target=function, args=(rank, *arguments)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(1200)
-        if process.is_alive():
-            process.kill()
-            process.join()
-    return [process.exitcode for process in ranks]
+    """Starts two ranks that run ``function(rank, *arguments)`` of this file and returns their exit codes.
+
+    They are no forks: autograd does not work in one if its threads had begun before.
+    """
+    command = [sys.executable, __file__, function.__name__]
+    text = json.dumps(arguments, default=str)
+    ranks = [subprocess.Popen([*command, str(rank), text]) for rank in range(2)]
+    try:
+        return [rank.wait(1200) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
 
 
 @contextlib.contextmanager
@@ -105,7 +105,8 @@ def run(config_file: str, out, *flags: str, breaks: bool = False) -> list[dict]:
     return seen
 
 
-def _ranks(rank: int, config_file: str, folder) -> None:
+def _ranks(rank: int, config_file: str, place: str) -> None:
+    folder = Path(place)
     ports = json.loads((folder / "ports.json").read_text())
     try:
         seen = {}
@@ -249,7 +250,8 @@ def test_shared_evaluation_is_that_of_one_rank(runs):
         assert one == two and len(one) > 100
 
 
-def _failing(rank: int, port: int, folder, argv: list[str], hangs: bool) -> None:
+def _failing(rank: int, port: int, place: str, argv: list[str], hangs: bool) -> None:
+    folder = Path(place)
     enter_rank(rank, port, folder)
     forward = Trainer.forward
 
@@ -369,3 +371,8 @@ def test_a_rank_waits_for_a_goodbye_that_comes_late(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run([*launch, str(script)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+if __name__ == "__main__":
+    name, own_rank, given = sys.argv[1:]
+    globals()[name](int(own_rank), *json.loads(given))
