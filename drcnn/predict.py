@@ -7,6 +7,7 @@ at the end), 2 for an error in the arguments or the checkpoint, or when there is
 import contextlib
 import glob
 import itertools
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -174,7 +175,7 @@ def find_inputs(inputs: Sequence[str], out: Path | None = None) -> list[Path | s
                     f"{text} lies in {out}, the folder for the results, whose files are no input; "
                     "pass another --out"
                 )
-            if Path(text).is_dir():
+            if os.path.isdir(text):
                 raise ConfigError(
                     f"folder {text} holds no image ({', '.join(SUFFIXES)}); pass videos by name"
                 )

@@ -2,6 +2,7 @@
 
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -66,12 +67,15 @@ def test_another_size_than_annotated(tmp_path):
         load_image(save(tmp_path, PIXELS), size=(5, 9))
 
 
-def test_a_large_file_is_not_read_before_its_header(tmp_path):
+def test_a_large_file_is_not_read_before_its_header(tmp_path, monkeypatch):
     path = tmp_path / "large.jpg"
     with path.open("wb") as file:
-        file.truncate(1 << 40)
+        file.truncate(65 << 20)
+    monkeypatch.setattr(Path, "read_bytes", lambda self: pytest.fail("all of it is read"))
     with pytest.raises(DataError, match="not a known image format"):
         load_image(path)
+    with pytest.raises(pytest.fail.Exception, match="all of it is read"):
+        load_image(save(tmp_path, PIXELS))
 
 
 def test_bad_files(tmp_path):
