@@ -28,7 +28,8 @@ from drcnn.data import DataConfig, SplitConfig, load_split, train_loader
 pytestmark = pytest.mark.benchmark
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "coco_mini"
-BATCH, WORKERS, STEPS, ROUNDS = 4, 2, 60, 7
+BATCH, WORKERS, STEPS = 4, 2, 60
+ROUNDS = int(os.environ.get("DRCNN_BENCH_ROUNDS") or 7)
 PREFETCH = 4  # batches per worker, on both sides
 IMAGES, EPOCHS = 17_000, 3
 

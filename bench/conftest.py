@@ -2,7 +2,7 @@
 
 A row is kept only when the implementation agrees with the reference on the very inputs that are timed. The
 rows are printed with their speed-up over the eager reference, and appended to ``bench/results/<device>.csv``
-(the folder in DRCNN_BENCH_RESULTS, if that is set). A row takes up to DRCNN_BENCH_SECONDS, which are 3.
+(the folder in DRCNN_BENCH_RESULTS, if that is set). A row has up to 30 rounds, or DRCNN_BENCH_ROUNDS.
 """
 
 import csv
@@ -24,8 +24,8 @@ from torch import Tensor
 from drcnn.ops import backend_status, use_backend
 
 RESULTS = Path(os.environ.get("DRCNN_BENCH_RESULTS") or Path(__file__).parent / "results")
-ROUNDS = 30
-SECONDS_PER_ROW = float(os.environ.get("DRCNN_BENCH_SECONDS") or 3.0)
+ROUNDS = int(os.environ.get("DRCNN_BENCH_ROUNDS") or 30)
+SECONDS_PER_ROW = 3.0
 SECONDS_PER_ROUND = 2e-3
 
 COLUMNS = (
@@ -181,9 +181,10 @@ def compare(benchmark, add_row, request):
             )
         repeats = _repeats(function, device)
         seconds = _time(function, device, repeats)
-        rounds = max(5, min(ROUNDS, int(SECONDS_PER_ROW / max(seconds * repeats, 1e-9))))
+        rounds = min(ROUNDS, max(5, int(SECONDS_PER_ROW / max(seconds * repeats, 1e-9))))
         benchmark.group = f"{op} {case} {device}"
-        benchmark.pedantic(lambda: _time(function, device, repeats), rounds=rounds, warmup_rounds=2)
+        warm_up = min(2, ROUNDS // 2)
+        benchmark.pedantic(lambda: _time(function, device, repeats), rounds=rounds, warmup_rounds=warm_up)
         times = [t / repeats for t in benchmark.stats.stats.sorted_data]
         add_row(op, case, implementation, device, times, nbytes)
 
